@@ -1,0 +1,156 @@
+"""Let a language model write its own calibration text: as good as real text for AWQ's scales, and always at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awq_onnx import runtime
+from awq_onnx.calibrate.feeds import Feed, Signature, empty_cache, random_feed, token_feed
+from awq_onnx.errors import RuntimeFailedError
+
+Tokens = NDArray[np.int64]
+Advance = Callable[[float], None]
+
+CACHE_BUDGET_BYTES = 400 << 20  # for the key/value caches of the sequences that are written side by side
+LENGTH_WITHOUT_CACHE = 64  # every token then costs a pass over all before it
+SMALLEST_NOISE = np.float32(1e-30)
+
+
+def is_causal(session: Any, wanted: Signature) -> bool:
+    """Whether a token's logits depend on the tokens before it alone: changing the last one changes no other."""
+    if wanted.logits is None or not wanted.vocabulary or wanted.sequence_length(4) != 4:
+        return False
+    ids = np.array([[1, 2, 3, 4], [1, 2, 3, 5]], np.int64) % wanted.vocabulary
+    try:
+        logits = [
+            runtime.run(session, [wanted.logits], token_feed(wanted, one[None] if wanted.batch_size(2) == 1 else ids))[0]
+            for one in ids
+        ]
+    except RuntimeFailedError:
+        return False
+    first, second = (logits[0][0], logits[1][0]) if len(logits[0]) == 1 else (logits[0][0], logits[0][1])
+    if first.ndim != 2 or len(first) != 4:
+        return False
+    return bool(np.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3) and not np.allclose(first[-1], second[-1]))
+
+
+def generate(session: Any, wanted: Signature, samples: int, length: int, seed: int, advance: Advance) -> Tokens:
+    """Token ids (samples, length), sampled at temperature 1 from random first tokens.
+
+    advance: told the fraction of the work just done. The same seed gives the same ids.
+    """
+    rng = np.random.default_rng(seed)
+    write = _with_cache if wanted.caches else _without_cache
+    if not wanted.caches:
+        length = min(length, LENGTH_WITHOUT_CACHE)
+    batch = _side_by_side(wanted, samples, length)
+    groups = [
+        write(session, wanted, min(batch, samples - start), length, rng, lambda f, n=batch: advance(f * n / samples))  # type: ignore[misc]
+        for start in range(0, samples, batch)
+    ]
+    return np.concatenate(groups)
+
+
+def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
+    """How many sequences to write at once: as many as the budget for caches allows, in groups of one size."""
+    caches = [wanted.names[past] for past, _ in wanted.caches]
+    per_sequence = 2 * length * sum(one.dtype.itemsize * empty_cache(one, 1)[:, :, :0].size for one in caches)
+    per_sequence = 2 * length * sum(
+        one.dtype.itemsize * (one.fixed(1) or 1) * (one.fixed(3) or 1) for one in caches
+    )
+    most = max(1, CACHE_BUDGET_BYTES // per_sequence) if per_sequence else samples
+    rounds = -(-samples // min(most, samples))
+    return wanted.batch_size(-(-samples // rounds))
+
+
+def _with_cache(
+    session: Any, wanted: Signature, batch: int, length: int, rng: np.random.Generator, advance: Advance
+) -> Tokens:
+    ids = _first_tokens(wanted, batch, length, rng)
+    caches = _Caches(wanted, batch, length)
+    for position in range(1, length):
+        feed = token_feed(wanted, ids[:, position - 1 : position], caches.past())
+        logits = caches.step(session, feed)
+        ids[:, position] = _sample(logits[:, -1], rng)
+        advance(1 / (length - 1))
+    return ids
+
+
+def _without_cache(
+    session: Any, wanted: Signature, batch: int, length: int, rng: np.random.Generator, advance: Advance
+) -> Tokens:
+    ids = _first_tokens(wanted, batch, length, rng)
+    for position in range(1, length):
+        (logits,) = runtime.run(session, [wanted.logits or ""], token_feed(wanted, ids[:, :position]))
+        ids[:, position] = _sample(logits[:, -1], rng)
+        advance(2 * position / (length * (length - 1)))
+    return ids
+
+
+def _first_tokens(wanted: Signature, batch: int, length: int, rng: np.random.Generator) -> Tokens:
+    ids = np.zeros((batch, length), np.int64)
+    ids[:, 0] = rng.integers(0, wanted.vocabulary or 2, batch)
+    return ids
+
+
+def _sample(logits: NDArray[Any], rng: np.random.Generator) -> Tokens:
+    """One token of each row of logits (B, V) at temperature 1: the largest of logits + Gumbel noise."""
+    noise = rng.standard_exponential(logits.shape, dtype=np.float32)
+    np.maximum(noise, SMALLEST_NOISE, out=noise)  # numpy's fp32 exponential can be exactly 0
+    chosen: Tokens = np.argmax(logits.astype(np.float32) - np.log(noise), axis=-1)
+    return chosen
+
+
+class _Caches:
+    """The key/value caches of a batch: two buffers for each, used in turns, so that nothing is allocated per step.
+
+    onnxruntime reads the past from one and writes the present into the other.
+    """
+
+    def __init__(self, wanted: Signature, batch: int, length: int) -> None:
+        self._wanted = wanted
+        self._tokens = 0
+        self._turn = 0
+        self._buffers = {}
+        self._empty = {past: empty_cache(wanted.names[past], batch) for past, _ in wanted.caches}
+        for past, empty in self._empty.items():
+            size = batch * empty.shape[1] * length * empty.shape[3]
+            self._buffers[past] = [np.empty(size, empty.dtype) for _ in range(2)]
+
+    def past(self) -> Feed:
+        return {past: self._view(past, self._turn, self._tokens) for past, _ in self._wanted.caches}
+
+    def step(self, session: Any, feed: Feed) -> NDArray[Any]:
+        """Run one token; the logits (B, 1, V). The caches are one token longer afterwards."""
+        binding = session.io_binding()
+        for name, values in feed.items():
+            binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+        grown = {past: self._view(past, 1 - self._turn, self._tokens + 1) for past, _ in self._wanted.caches}
+        for past, present in self._wanted.caches:
+            values = grown[past]
+            binding.bind_output(present, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+        binding.bind_output(self._wanted.logits, "cpu")
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise RuntimeFailedError(
+                f"onnxruntime failed while generating text with the model: {runtime.first_line(error)}"
+            ) from error
+        self._turn, self._tokens = 1 - self._turn, self._tokens + 1
+        logits: NDArray[Any] = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _view(self, past: str, turn: int, tokens: int) -> NDArray[Any]:
+        """The first part of a buffer as a cache of that many tokens: (B, heads, tokens, head_dim)."""
+        batch, heads, _, head_dim = self._empty[past].shape
+        return self._buffers[past][turn][: batch * heads * tokens * head_dim].reshape(batch, heads, tokens, head_dim)
+
+
+def random_tokens(wanted: Signature, samples: int, length: int, seed: int) -> list[Feed]:
+    """Random inputs for a model that is no language model, a batch of one each."""
+    rng = np.random.default_rng(seed)
+    return [random_feed(wanted, 1, length, rng) for _ in range(samples)]

@@ -1,0 +1,209 @@
+"""Cut the graph into parts and run them one after the other, so that one part's weights and sums are alive.
+
+A part is a run of the topologically sorted nodes, cut where few tensors are alive and sized by a budget; nothing
+about transformers is assumed. Its inputs are the tensors that the parts before it left for it. The parts compute
+what the whole graph does, operation by operation, so the result does not depend on where the cuts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from awq_onnx import runtime
+from awq_onnx.calibrate.feeds import Feed
+from awq_onnx.calibrate.statistics import Accumulator
+from awq_onnx.passes.absorb import Group
+from awq_onnx.passes.sites import constant
+from awq_onnx.search import InputStatistics
+from awq_onnx.store import OpenedModel
+
+BUDGET_BYTES = 96 << 20  # of weights and second moments in one part; a part holds at least one node
+
+
+@dataclass(frozen=True)
+class Part:
+    """nodes: in graph order. taps: the groups whose input is known once the part has run."""
+
+    nodes: tuple[ir.Node, ...]
+    taps: tuple[Group, ...]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    dead_after: frozenset[str] = field(repr=False)
+
+
+def collect(
+    opened: OpenedModel,
+    groups: Sequence[Group],
+    feeds: Iterable[Feed],
+    *,
+    budget_bytes: int = BUDGET_BYTES,
+    advance: Callable[[float], None] = lambda fraction: None,
+) -> Iterator[list[tuple[Group, InputStatistics]]]:
+    """Run the model once over all `feeds`; after each part, its groups with their statistics.
+
+    advance: told the fraction of all running that has just been done.
+    """
+    parts = cut(opened.model.graph, groups, budget_bytes)
+    values = [dict(feed) for feed in feeds]
+    nodes = sum(len(part.nodes) for part in parts)
+    for part in parts:
+        share = len(part.nodes) / max(nodes, 1) / len(values)
+        yield _run_part(opened, part, values, lambda share=share: advance(share))  # type: ignore[misc]
+
+
+def _run_part(
+    opened: OpenedModel, part: Part, values: list[dict[str, NDArray[np.generic]]], advance: Callable[[], None]
+) -> list[tuple[Group, InputStatistics]]:
+    sums = [(group, Accumulator(group.K)) for group in part.taps]
+    session = None
+    for alive in values:
+        if session is None and part.makes:
+            session = runtime.session(extract(opened.model, part, alive).SerializeToString(), opened.folder)
+        if session is not None:
+            made = runtime.run(session, list(part.makes), {name: alive[name] for name in part.reads})
+            alive.update(zip(part.makes, made, strict=True))
+            del made
+        for group, accumulator in sums:
+            accumulator.update(_rows(alive[group.input.name or ""], alive))
+        for name in part.dead_after:
+            alive.pop(name, None)
+        advance()
+    return [(group, accumulator.finish()) for group, accumulator in sums]
+
+
+def _rows(activation: NDArray[np.generic], alive: Feed) -> NDArray[np.generic]:
+    """An activation (…, K) as rows (T, K), without the rows of padding where there is a mask to tell."""
+    mask = alive.get("attention_mask")
+    if mask is not None and activation.ndim == 3 and activation.shape[:2] == mask.shape and not mask.all():
+        return activation[mask.astype(bool)]
+    return activation.reshape(-1, activation.shape[-1])  # (T, K)
+
+
+def cut(graph: ir.Graph, groups: Sequence[Group], budget_bytes: int) -> list[Part]:
+    """The parts that lead to all inputs of `groups`; nodes that lead to none of them are in no part."""
+    nodes = _needed(graph, groups)
+    last_read = {name: position for position, node in enumerate(nodes) for name in reads(node)}
+    kept = {"attention_mask"}  # tells padding to every part, whoever reads it
+    waiting = {group.input.name: group for group in groups}
+    parts = []
+    start = 0
+    known = {value.name or "" for value in graph.inputs}
+    for stop in _cuts(nodes, last_read, {g.input.name: g.K for g in groups}, budget_bytes):
+        run = nodes[start:stop]
+        made = [output.name or "" for node in run for output in node.outputs]
+        read = dict.fromkeys(name for node in run for name in reads(node) if name not in made)
+        taps = [waiting.pop(name) for name in list(waiting) if name in made or name in known]
+        later = {name for name in made if last_read.get(name, -1) >= stop}
+        makes = [name for name in made if name in later or any(name == tap.input.name for tap in taps)]
+        known.update(makes)
+        dead = frozenset(name for name in known if last_read.get(name, -1) < stop) - kept
+        parts.append(Part(tuple(run), tuple(taps), tuple(read), tuple(makes), dead))
+        known -= dead
+        start = stop
+    return parts
+
+
+def _cuts(
+    nodes: Sequence[ir.Node], last_read: dict[str, int], tapped: dict[str | None, int], budget_bytes: int
+) -> list[int]:
+    """Where parts end: close to the budget, at the places where the fewest tensors are alive."""
+    alive = np.zeros(len(nodes) + 1, np.int64)
+    cost = np.zeros(len(nodes) + 1, np.int64)  # of the nodes before this place
+    for position, node in enumerate(nodes):
+        made = [output.name or "" for output in node.outputs]
+        for name in made:
+            alive[position + 1 : last_read.get(name, position) + 1] += 1
+        moments = sum(4 * tapped[name] ** 2 for name in made if name in tapped)
+        cost[position + 1] = cost[position] + moments + _weight_bytes(node)
+    cuts, start = [], 0
+    while start < len(nodes):
+        last = int(np.searchsorted(cost, cost[start] + budget_bytes, side="right")) - 1
+        if last >= len(nodes):
+            break
+        first = max(start + 1, int(np.searchsorted(cost, cost[start] + budget_bytes // 2)))
+        last = max(last, first)
+        places = np.arange(first, last + 1)
+        start = int(places[::-1][np.argmin(alive[places[::-1]])])
+        cuts.append(start)
+    return [*cuts, len(nodes)] if not cuts or cuts[-1] != len(nodes) else cuts
+
+
+def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
+    """The nodes that lead to the inputs of `groups`, in order, without those that only make constants."""
+    wanted = {group.input.name for group in groups}
+    needed = []
+    for node in reversed(list(graph)):
+        if node.op_type != "Constant" and any(output.name in wanted for output in node.outputs):
+            needed.append(node)
+            wanted.update(reads(node))
+    return needed[::-1]
+
+
+def reads(node: ir.Node) -> list[str]:
+    """The names of the values a node reads that are no constants, those that its subgraphs take along included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            values.extend(_captured(attribute.as_graph()))
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            values.extend(value for graph in attribute.as_graphs() for value in _captured(graph))
+    return [value.name or "" for value in values if constant(value) is None]
+
+
+def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.inputs:
+            if value is not None and value.graph is not graph:
+                yield value
+    for value in graph.outputs:
+        if value.graph is not graph:
+            yield value
+
+
+def _weight_bytes(node: ir.Node) -> int:
+    tensors = [constant(value) for value in node.inputs]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def extract(model: ir.Model, part: Part, alive: Feed) -> onnx.ModelProto:
+    """The part as a model of its own; `alive` tells the types of its inputs."""
+    nodes = [ir.to_proto(node) for node in part.nodes]
+    constants: dict[str, ir.Value] = {}
+    for node in part.nodes:
+        for value in _constants(node):
+            constants[value.name or ""] = value
+    graph = onnx.helper.make_graph(
+        [*(ir.to_proto(node) for node in _constant_nodes(constants.values())), *nodes],
+        "part",
+        [onnx.helper.make_tensor_value_info(name, _element_type(alive[name]), None) for name in part.reads],
+        [onnx.ValueInfoProto(name=name) for name in part.makes],
+        [ir.to_proto(v.const_value) for v in constants.values() if v.is_initializer() and v.const_value is not None],
+    )
+    return onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()],
+        functions=[ir.to_proto(function) for function in model.functions.values()],
+        ir_version=model.ir_version,
+    )
+
+
+def _constants(node: ir.Node) -> Iterator[ir.Value]:
+    subgraphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    subgraphs += [g for a in node.attributes.values() if a.type == ir.AttributeType.GRAPHS for g in a.as_graphs()]
+    for value in [*node.inputs, *(value for graph in subgraphs for value in _captured(graph))]:
+        if value is not None and constant(value) is not None:
+            yield value
+
+
+def _constant_nodes(values: Iterable[ir.Value]) -> list[ir.Node]:
+    return [node for value in values if (node := value.producer()) is not None]
+
+
+def _element_type(values: NDArray[np.generic]) -> int:
+    return int(ir.DataType.from_numpy(values.dtype))

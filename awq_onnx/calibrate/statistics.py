@@ -1,0 +1,36 @@
+"""Streaming sums over the rows of one MatMul input: nothing of the activations is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awq_onnx.search import InputStatistics
+
+
+class Accumulator:
+    """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels."""
+
+    def __init__(self, K: int) -> None:
+        self._second_moment = np.zeros((K, K), np.float32)
+        self._sum = np.zeros(K, np.float64)
+        self._max = np.zeros(K, np.float32)
+        self._tokens = 0
+
+    def update(self, rows: NDArray[np.generic]) -> None:
+        """Add activations (T, K) of any float dtype."""
+        x = np.ascontiguousarray(rows, dtype=np.float32)
+        if not x.size:
+            return
+        self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
+        magnitude = np.abs(x)
+        self._sum += magnitude.sum(axis=0)
+        np.maximum(self._max, magnitude.max(axis=0), out=self._max)
+        self._tokens += len(x)
+
+    def finish(self) -> InputStatistics:
+        """The means over all rows; ends the accumulation, since H is divided in place."""
+        tokens = max(self._tokens, 1)
+        self._second_moment /= tokens
+        mean = (self._sum / tokens).astype(np.float32)
+        return InputStatistics(self._second_moment, mean, self._max, self._tokens)

@@ -1,0 +1,139 @@
+"""THE definition of the numbers: how a weight becomes the 4-bit codes of `com.microsoft::MatMulNBits`, and back.
+
+The search, the reference kernel and the writer all call this module; nothing else rounds or packs a weight.
+Format: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, com.microsoft.MatMulNBits:
+weight = (code - zero_point) * scale, codes of one block share scale and zero point, blocks run along K.
+
+Shapes: K in, N out, block_size b, G = ceil(K / b) blocks. A weight is worked on as blocks (G, b, N), N innermost:
+that is a view of ONNX's own (K, N) layout, and the long contiguous axis is what makes numpy fast. Only `pack`
+turns it into the (N, G, b/2) of the file. A last block that K does not fill is padded with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+BITS = 4
+MAX_CODE = 2**BITS - 1
+MIDDLE_CODE = 2 ** (BITS - 1)  # the zero point where none is stored
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales."""
+
+    block_size: int
+    symmetric: bool
+    scale_dtype: np.dtype[np.generic]
+
+    def blocks_of(self, K: int) -> int:
+        return -(-K // self.block_size)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero point of every block: float32 (G, N) each.
+
+    `scales` hold values that `Format.scale_dtype` represents exactly (see `round_scales`) and are never 0;
+    `zero_points` hold integers 0 .. 15.
+    """
+
+    scales: Float32
+    zero_points: Float32
+
+
+def to_blocks(weight: Float32, block_size: int) -> Float32:
+    """(K, N) -> (G, block_size, N); a view where K is a multiple of block_size."""
+    K, N = weight.shape
+    missing = -K % block_size
+    if missing:
+        weight = np.concatenate([weight, np.zeros((missing, N), np.float32)])
+    return weight.reshape(-1, block_size, N)  # (G, b, N)
+
+
+def from_blocks(blocks: Float32, K: int) -> Float32:
+    """(G, b, N) -> (K, N), the padding cut off."""
+    return blocks.reshape(-1, blocks.shape[2])[:K]  # (K, N)
+
+
+def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
+    """The nearest scales that `dtype` can hold, as float32.
+
+    A scale that would be 0 (an all-zero block, or one too small for `dtype`) is 1: its codes are then 0.
+    """
+    with np.errstate(over="ignore"):
+        rounded = scales.astype(dtype).astype(np.float32)
+    smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
+    return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
+
+
+def minmax_grid(blocks: Float32, fmt: Format) -> Grid:
+    """The plain grid of round-to-nearest. blocks (G, b, N).
+
+    With zero points the codes cover [min(block, 0), max(block, 0)], so that 0 stays exactly 0.
+    Symmetric: the full signed range, scale = (the value of largest magnitude) / -8, which may be negative;
+    it wastes no code and beats max|w| / 7 by a third of the error.
+    """
+    if fmt.symmetric:
+        low, high = blocks.min(axis=1), blocks.max(axis=1)  # (G, N)
+        extreme = np.where(-low >= high, low, high)
+        scales = round_scales(extreme / np.float32(-MIDDLE_CODE), fmt.scale_dtype)
+        return Grid(scales, np.full_like(scales, MIDDLE_CODE))
+    low = np.minimum(blocks.min(axis=1), 0)  # (G, N)
+    high = np.maximum(blocks.max(axis=1), 0)
+    scales = round_scales((high - low) / np.float32(MAX_CODE), fmt.scale_dtype)
+    zero_points = np.clip(np.rint(-low / scales), 0, MAX_CODE)
+    return Grid(scales, zero_points)
+
+
+def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
+    """The nearest code of every weight, less its zero point: float32 integers (G, b, N)."""
+    steps: Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
+    np.rint(steps, out=steps)
+    np.maximum(steps, -grid.zero_points[:, None, :], out=steps)
+    np.minimum(steps, (MAX_CODE - grid.zero_points)[:, None, :], out=steps)
+    return steps
+
+
+def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
+    """(code - zero_point) * scale for codes from `centred_codes`: float32 (G, b, N)."""
+    weights: Float32 = np.multiply(centred, grid.scales[:, None, :], out=out)
+    return weights
+
+
+def pack(centred: Float32, grid: Grid) -> UInt8:
+    """The bytes of MatMulNBits' input B: uint8 (N, G, b/2), the even element in the low nibble."""
+    codes = (centred + grid.zero_points[:, None, :]).astype(np.uint8)  # (G, b, N)
+    nibbles = codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (G, b/2, N)
+    return np.ascontiguousarray(nibbles.transpose(2, 0, 1))  # (N, G, b/2)
+
+
+def unpack(packed: UInt8) -> UInt8:
+    """The codes 0 .. 15 of packed bytes: uint8 (N, G, b/2) -> (N, G, b)."""
+    codes = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, G, b/2, 2)
+    return codes.reshape(*packed.shape[:2], -1)  # (N, G, b)
+
+
+def pack_zero_points(zero_points: Float32) -> UInt8:
+    """The bytes of MatMulNBits' input zero_points: (G, N) -> uint8 (N, ceil(G/2)), each row padded to whole bytes."""
+    codes = zero_points.T.astype(np.uint8)  # (N, G)
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (N, ceil(G/2))
+
+
+def unpack_zero_points(packed: UInt8, blocks: int) -> UInt8:
+    """uint8 (N, ceil(G/2)) -> (N, G) zero points 0 .. 15."""
+    codes = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, ceil(G/2), 2)
+    return codes.reshape(packed.shape[0], -1)[:, :blocks]  # (N, G)
+
+
+def pack_scales(scales: Float32, dtype: DTypeLike) -> NDArray[np.generic]:
+    """MatMulNBits' input scales: (G, N) float32 -> (N, G) of `dtype`."""
+    return np.ascontiguousarray(scales.T).astype(dtype)

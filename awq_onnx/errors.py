@@ -1,0 +1,78 @@
+"""What can go wrong, one class per cause, each with the exit code of the command.
+
+    AwqOnnxError                    1   (never raised itself)
+    ├── RecipeError                 2   an option has a value that cannot work
+    ├── ModelError                  3   the model cannot be read, or cannot be quantised
+    │   ├── ModelFileError          3   missing, not ONNX, truncated, external data missing or short
+    │   ├── AlreadyQuantizedError   3   its weights are 4-bit or 8-bit already
+    │   ├── NothingToQuantizeError  3   it has no MatMul that could be quantised
+    │   └── WeightError             3   a weight holds NaN or Inf
+    ├── OutputError                 4   the output exists, is the input, or cannot be written
+    ├── CalibrationError            5   the calibration data do not fit the model
+    ├── MissingPackageError         6   an optional package is needed
+    └── RuntimeFailedError          7   onnxruntime could not run the model, or the result
+
+A `KeyboardInterrupt` ends the command with 130. Every message says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyQuantizedError",
+    "AwqOnnxError",
+    "CalibrationError",
+    "MissingPackageError",
+    "ModelError",
+    "ModelFileError",
+    "NothingToQuantizeError",
+    "OutputError",
+    "RecipeError",
+    "RuntimeFailedError",
+    "WeightError",
+]
+
+
+class AwqOnnxError(Exception):
+    """Every error that a user can cause or mend; its text is one clear sentence."""
+
+    exit_code = 1
+
+
+class RecipeError(AwqOnnxError, ValueError):
+    exit_code = 2
+
+
+class ModelError(AwqOnnxError):
+    exit_code = 3
+
+
+class ModelFileError(ModelError):
+    pass
+
+
+class AlreadyQuantizedError(ModelError):
+    pass
+
+
+class NothingToQuantizeError(ModelError):
+    pass
+
+
+class WeightError(ModelError):
+    pass
+
+
+class OutputError(AwqOnnxError):
+    exit_code = 4
+
+
+class CalibrationError(AwqOnnxError):
+    exit_code = 5
+
+
+class MissingPackageError(AwqOnnxError, ImportError):
+    exit_code = 6
+
+
+class RuntimeFailedError(AwqOnnxError):
+    exit_code = 7

@@ -1,0 +1,60 @@
+"""All settings of a quantisation, in one frozen value that is checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+from awq_onnx.errors import RecipeError
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (0, 4)
+
+
+def _setting(default: int | bool, description: str) -> int | bool:
+    value: int | bool = field(default=default, metadata={"help": description})
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to quantise. Unknown settings are a TypeError, impossible values a `RecipeError`.
+
+    The descriptions of the fields are their help texts on the command line too.
+    """
+
+    block_size: int = _setting(32, "weights that share one scale, along K; smaller is closer to the original, and larger")
+    symmetric: bool = _setting(False, "no zero points: a little smaller, and further from the original")
+    accuracy_level: int = _setting(
+        4, "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this)"
+    )
+    samples: int = _setting(32, "calibration sequences")
+    sequence_length: int = _setting(256, "tokens in each calibration sequence")
+    seed: int = _setting(0, "of everything that is sampled: the same seed gives the same file")
+
+    def __post_init__(self) -> None:
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+        _one_of("symmetric", self.symmetric, (False, True))
+        _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        _in_range("samples", self.samples, 1, 65536)
+        _in_range("sequence_length", self.sequence_length, 2, 65536)
+        _in_range("seed", self.seed, 0, 2**32 - 1)
+
+    def to_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+def help_of(name: str) -> str:
+    """The help text of a setting, with its default."""
+    setting = next(f for f in fields(Recipe) if f.name == name)
+    default = setting.default
+    return f"{setting.metadata['help']}" + ("" if isinstance(default, bool) else f" (default {default})")
+
+
+def _one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def _in_range(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RecipeError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")

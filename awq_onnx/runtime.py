@@ -1,0 +1,74 @@
+"""onnxruntime, the only module that imports it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from awq_onnx.errors import MissingPackageError, RuntimeFailedError
+
+
+def onnxruntime() -> ModuleType:
+    """The module onnxruntime, whichever package brought it."""
+    try:
+        import onnxruntime as module
+    except ImportError as error:
+        raise MissingPackageError(
+            "onnxruntime is not installed: pip install 'awq-onnx[cpu]', or 'awq-onnx[gpu]' on a machine with CUDA"
+        ) from error
+    if not hasattr(module, "InferenceSession"):
+        raise MissingPackageError(
+            "the installed onnxruntime is incomplete (onnxruntime and onnxruntime-gpu overwrite each other): "
+            "pip uninstall both, then pip install 'awq-onnx[cpu]' or 'awq-onnx[gpu]'"
+        )
+    checked: ModuleType = module
+    return checked
+
+
+def session(model: bytes | Path, folder: Path | None = None) -> Any:
+    """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
+
+    model: a file, or a serialised ModelProto whose external data lie in `folder` (no links, see `store`).
+    Nothing is prepacked: that would copy every weight.
+    """
+    options = _options()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return _create(model, options)
+
+
+def client_session(model: Path) -> Any:
+    """An InferenceSession as an application would make it: nothing set."""
+    return _create(model, _options())
+
+
+def run(running: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
+    """`running.run`, its failures as RuntimeFailedError."""
+    try:
+        results: list[Any] = running.run(outputs, feeds)
+    except Exception as error:  # onnxruntime raises classes of its own, all from Exception
+        raise RuntimeFailedError(f"onnxruntime failed while running the model: {first_line(error)}") from error
+    return results
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of onnxruntime says, without its newlines."""
+    return " ".join(str(error).split())[:500]
+
+
+def _options() -> Any:
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well, warnings would tear the progress display
+    options.enable_cpu_mem_arena = False  # the arena never gives memory back
+    return options
+
+
+def _create(model: bytes | Path, options: Any) -> Any:
+    try:
+        return onnxruntime().InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise RuntimeFailedError(f"onnxruntime cannot load the model: {first_line(error)}") from error
