@@ -10,7 +10,8 @@
     ├── OutputError                 4   the output exists, is the input, or cannot be written
     ├── CalibrationError            5   the calibration data do not fit the model
     ├── MissingPackageError         6   an optional package is needed
-    └── RuntimeFailedError          7   onnxruntime could not run the model, or the result
+    ├── RuntimeFailedError          7   onnxruntime could not run the model, or the result
+    └── InternalError               8   a fault of awq-onnx: please report it
 
 A `KeyboardInterrupt` ends the command with 130. Every message says what is wrong, where, and what to do.
 """
@@ -21,6 +22,7 @@ __all__ = [
     "AlreadyQuantizedError",
     "AwqOnnxError",
     "CalibrationError",
+    "InternalError",
     "MissingPackageError",
     "ModelError",
     "ModelFileError",
@@ -76,3 +78,7 @@ class MissingPackageError(AwqOnnxError, ImportError):
 
 class RuntimeFailedError(AwqOnnxError):
     exit_code = 7
+
+
+class InternalError(AwqOnnxError):
+    exit_code = 8

@@ -9,13 +9,13 @@ which channel became which on the way is not guessed from the steps but traced, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx_ir as ir
 
-from awq_onnx.passes.sites import Refusal, Site, constant, find_site, node_name
+from awq_onnx.passes.sites import Refusal, Site, Survey, constant, find_site, node_name
 
 # Steps that move or copy channels of their first input, and change no value.
 MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Slice", "Flatten"})
@@ -75,6 +75,7 @@ class Linear:
 
 
 Absorber: TypeAlias = Gain | Linear
+Sites: TypeAlias = Mapping[ir.Node, Site]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +110,20 @@ class _Step:
     moved: bool = False
 
 
-def find_group(value: ir.Value, sites: Sequence[Site]) -> Group:
-    """The group of the sites that read `value`, with its absorber."""
-    other = _other_reader(value, sites)
+def find_groups(survey: Survey) -> tuple[Group, ...]:
+    """The sites of a survey in groups that read one value, each with its absorber; in graph order."""
+    sites = {site.node: site for site in survey.sites}
+    return tuple(_group(value, readers, sites) for value, readers in survey.by_input().items())
+
+
+def _group(value: ir.Value, readers: Sequence[Site], sites: Sites) -> Group:
+    other = _other_reader(value, readers)
     if other is not None:
-        return Group(value, tuple(sites), other)
-    found, moved = _walk(_Step(value))
-    if isinstance(found, Gain | Linear) and not moved and found.channels != sites[0].K:
-        found = Refusal(found.name, f"it has {found.channels} channels, its reader {sites[0].K}")
-    return Group(value, tuple(sites), found, moved)
+        return Group(value, tuple(readers), other)
+    found, moved = _walk(_Step(value), sites)
+    if isinstance(found, Gain | Linear) and not moved and found.channels != readers[0].K:
+        found = Refusal(found.name, f"{found.name} has {found.channels} channels, its reader {readers[0].K}")
+    return Group(value, tuple(readers), found, moved)
 
 
 def _other_reader(value: ir.Value, sites: Sequence[Site]) -> Refusal | None:
@@ -133,23 +139,23 @@ def _other_reader(value: ir.Value, sites: Sequence[Site]) -> Refusal | None:
     return None
 
 
-def _walk(step: _Step) -> tuple[Absorber | Refusal, bool]:
+def _walk(step: _Step, sites: Sites) -> tuple[Absorber | Refusal, bool]:
     """Walk back from step.value to an absorber: what was found, and whether channels may have moved."""
     node = step.value.producer()
     if node is None:
         return Refusal(step.value.name or "", f"{step.value.name} is an input of the model"), step.moved
-    site = find_site(node)
-    if isinstance(site, Site):
-        return Linear(site, step.bias, step.caches), step.moved
-    if isinstance(site, Refusal):
-        return site, step.moved
+    if node in sites:
+        return Linear(sites[node], step.bias, step.caches), step.moved
+    if find_site(node) is not None:
+        reason = f"{node.op_type} {node_name(node)} before it is not quantised"
+        return Refusal(node_name(node), reason), step.moved
     gain = _gain_index(node)
     if gain is not None and step.bias is None:
         return Gain(node, gain), step.moved
     refusal = Refusal(node_name(node), f"{node.op_type} {node_name(node)} cannot be divided and does not pass a scale on")
     for back in _steps_back(node, step):
         outside = _reader_off_path(back.value, node)
-        found, moved = (outside, step.moved) if outside else _walk(back)
+        found, moved = (outside, step.moved) if outside else _walk(back, sites)
         if not isinstance(found, Refusal):
             return found, moved
         refusal = found
@@ -205,15 +211,10 @@ def _back_through_add(node: ir.Node, step: _Step) -> Sequence[_Step]:
         return ()
     for index in (0, 1):
         tensor, other = constant(node.inputs[index]), node.inputs[1 - index]
-        if tensor is not None and other is not None and isinstance(find_site_of(other), Site):
+        maker = other.producer() if other is not None else None
+        if tensor is not None and other is not None and maker is not None and find_site(maker) is not None:
             return (_Step(other, (node, index), step.caches, step.moved),)
     return ()
-
-
-def find_site_of(value: ir.Value) -> Site | Refusal | None:
-    """The site that makes this value, if one does."""
-    node = value.producer()
-    return None if node is None else find_site(node)
 
 
 def _back_through_concat(node: ir.Node, step: _Step) -> Sequence[_Step]:

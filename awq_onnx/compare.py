@@ -1,0 +1,197 @@
+"""How far a quantised model is from its original, on the same inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awq_onnx import runtime
+from awq_onnx.calibrate import data
+from awq_onnx.calibrate.data import Calibration
+from awq_onnx.calibrate.feeds import MASK, TOKENS, Feed, Signature, signature
+from awq_onnx.errors import CalibrationError
+from awq_onnx.progress import Silent
+from awq_onnx.recipe import Recipe
+from awq_onnx.store import ModelSource, open_model
+
+ROWS_AT_ONCE = 64  # of logits (rows, V) in float64
+Rows = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured. The first five are None for a model without logits.
+
+    kl_mean: mean over tokens of KL(original || quantised) in nats; kl_se: its standard error over windows;
+    kl_median: over windows. perplexity: exp of the mean negative log-likelihood of the given tokens, None without
+    token ids. top1: share of tokens with the same likeliest next token. relative_error: ||y - y'|| / ||y|| over all
+    compared outputs. tokens, windows: how much was compared.
+    """
+
+    kl_mean: float | None
+    kl_se: float | None
+    kl_median: float | None
+    top1: float | None
+    perplexity_original: float | None
+    perplexity_quantized: float | None
+    relative_error: float
+    tokens: int
+    windows: int
+    kl_windows: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Sums:
+    kl: list[float]
+    agreements: int = 0
+    likelihood: NDArray[np.float64] | None = None
+    predicted: int = 0
+    error: float = 0.0
+    energy: float = 0.0
+    tokens: int = 0
+
+
+def compare(
+    original: ModelSource,
+    quantized: str | os.PathLike[str],
+    calibration: Calibration = None,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    recipe: Recipe | None = None,
+) -> Comparison:
+    """Run both models over `calibration` (as in `quantize`), every sample a window, and compare their outputs.
+
+    Token ids as an array are taken whole; text and self-made text are cut to `recipe.samples` windows.
+    Raises ModelFileError, CalibrationError, RuntimeFailedError.
+    """
+    recipe = recipe or Recipe()
+    with open_model(original) as opened:
+        wanted = signature(opened.model.graph)
+        if isinstance(calibration, np.ndarray):
+            recipe = Recipe(samples=max(1, len(calibration)))
+        loaded = data.load(opened, wanted, recipe, calibration, tokenizer, Silent())
+        windows = [window for feed in (*loaded.feeds, *loaded.held_out) for window in _one_by_one(feed)]
+        reference = runtime.session(opened.serialize(), opened.folder)
+        return compare_sessions(reference, runtime.client_session(Path(quantized)), windows, wanted)
+
+
+def compare_sessions(
+    reference: Any,
+    quantized: Any,
+    windows: Sequence[Feed],
+    wanted: Signature,
+    advance: Callable[[float], None] = lambda fraction: None,
+) -> Comparison:
+    """The comparison of two sessions of models with the same signature; each feed is a window."""
+    caches = {present for _, present in wanted.caches}
+    outputs = [wanted.logits] if wanted.logits else [name for name in wanted.outputs if name not in caches]
+    sums = _Sums(kl=[])
+    for window in windows:
+        expected = runtime.run(reference, outputs, window)
+        actual = runtime.run(quantized, outputs, window)
+        for one, other in zip(expected, actual, strict=True):
+            _add_error(sums, one, other)
+        if wanted.logits and expected[0].ndim == 3:
+            _add_logits(sums, expected[0], actual[0], window)
+        else:
+            sums.tokens += _rows_of(expected[0])
+        advance(1 / len(windows))
+    return _result(sums, len(windows))
+
+
+def _result(sums: _Sums, windows: int) -> Comparison:
+    relative_error = float(np.sqrt(sums.error / sums.energy)) if sums.energy else 0.0
+    if not sums.kl:
+        return Comparison(None, None, None, None, None, None, relative_error, sums.tokens, windows)
+    kl = np.array(sums.kl)
+    perplexity = np.exp(-sums.likelihood / sums.predicted) if sums.likelihood is not None and sums.predicted else None
+    return Comparison(
+        kl_mean=float(kl.mean()),
+        kl_se=float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None,
+        kl_median=float(np.median(kl)),
+        top1=sums.agreements / sums.tokens,
+        perplexity_original=None if perplexity is None else float(perplexity[0]),
+        perplexity_quantized=None if perplexity is None else float(perplexity[1]),
+        relative_error=relative_error,
+        tokens=sums.tokens,
+        windows=windows,
+        kl_windows=tuple(sums.kl),
+    )
+
+
+def _one_by_one(feed: Feed) -> list[Feed]:
+    """A feed of B sequences as B feeds; whole where an input has no batch axis."""
+    sizes = {values.shape[0] if values.ndim else 0 for values in feed.values()}
+    if len(sizes) != 1:
+        return [feed]
+    return [{name: values[row : row + 1] for name, values in feed.items()} for row in range(sizes.pop())]
+
+
+def _rows_of(output: Rows) -> int:
+    return int(np.prod(output.shape[:-1]))
+
+
+def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
+    if expected.dtype.kind != "f":
+        return
+    if expected.shape != actual.shape:
+        raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
+    finite = np.isfinite(expected) & np.isfinite(actual)
+    error = np.where(finite, actual.astype(np.float32) - expected.astype(np.float32), 0)
+    sums.error += float(np.vdot(error, error))
+    sums.energy += float(np.square(np.where(finite, expected, 0).astype(np.float32)).sum(dtype=np.float64))
+
+
+def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed) -> None:
+    """One window's KL, agreement and likelihood, from logits (B, T, V)."""
+    mask = window.get(MASK)
+    keep = np.ones(expected.shape[:2], bool)
+    if mask is not None and mask.shape == keep.shape:
+        keep = mask.astype(bool)
+    ids = window.get(TOKENS)
+    kl_sum = 0.0
+    for sequence in range(expected.shape[0]):
+        rows = np.flatnonzero(keep[sequence])
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chosen = rows[start : start + ROWS_AT_ONCE]
+            p, q = _log_softmax(expected[sequence, chosen]), _log_softmax(actual[sequence, chosen])
+            kl_sum += float(kl_divergence(p, q).sum())
+            sums.agreements += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+            if ids is not None:
+                _add_likelihood(sums, p, q, chosen, ids[sequence])
+    sums.tokens += int(keep.sum())
+    sums.kl.append(kl_sum / max(1, int(keep.sum())))
+
+
+def _add_likelihood(sums: _Sums, p: Rows, q: Rows, rows: NDArray[np.int64], ids: Rows) -> None:
+    followed = rows + 1 < len(ids)
+    targets = ids[rows[followed] + 1]
+    here = np.flatnonzero(followed)
+    likelihood = np.array([p[here, targets].sum(), q[here, targets].sum()])
+    sums.likelihood = likelihood if sums.likelihood is None else sums.likelihood + likelihood
+    sums.predicted += len(here)
+
+
+def kl_divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(p || q) of each row of log-probabilities (T, V), in nats: float64 (T,)."""
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(log_p) * (log_p - log_q)
+    divergence: NDArray[np.float64] = np.where(np.isneginf(log_p), 0, terms).sum(axis=1)
+    return divergence
+
+
+def _log_softmax(logits: Rows) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    result: NDArray[np.float64] = shifted
+    return result

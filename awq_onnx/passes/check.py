@@ -1,0 +1,57 @@
+"""What must still be true of the graph after it was rewritten. A failure is a fault of ours, never the user's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from awq_onnx import codec
+from awq_onnx.errors import InternalError
+from awq_onnx.passes.sites import constant, node_name
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a rewrite must not change: the names of inputs and outputs, and how often each op stands in the graph."""
+
+    inputs: tuple[str | None, ...]
+    outputs: tuple[str | None, ...]
+    ops: Counter[str]
+
+
+def shape_of(graph: ir.Graph) -> Shape:
+    return Shape(
+        tuple(value.name for value in graph.inputs),
+        tuple(value.name for value in graph.outputs),
+        Counter(node.op_type for node in graph),
+    )
+
+
+def check(graph: ir.Graph, before: Shape) -> None:
+    """Same inputs and outputs, no op added but MatMulNBits in the place of MatMul, its tensors of the right shapes."""
+    after = shape_of(graph)
+    if (after.inputs, after.outputs) != (before.inputs, before.outputs):
+        raise InternalError("the inputs or outputs of the model changed")
+    added = after.ops - before.ops
+    replaced = before.ops["MatMul"] - after.ops["MatMul"]
+    if set(added) - {"MatMulNBits"} or added["MatMulNBits"] != replaced:
+        raise InternalError(f"nodes were added: {dict(added)}, {replaced} MatMul replaced")
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            _check_node(node)
+
+
+def _check_node(node: ir.Node) -> None:
+    K, N, block_size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    blocks = -(-K // block_size)
+    expected = [
+        (N, blocks, block_size * codec.BITS // 8),
+        (N, blocks),
+        (N, -(-blocks * codec.BITS // 8)),
+    ]
+    for index, (value, dims) in enumerate(zip(node.inputs[1:], expected, strict=False), 1):
+        tensor = constant(value)
+        if tensor is None or tuple(tensor.shape.numpy()) != dims:
+            raise InternalError(f"input {index} of {node_name(node)} is not {dims}")

@@ -1,0 +1,85 @@
+"""Replace a MatMul by `com.microsoft::MatMulNBits`; its name, output, doc string and metadata stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from awq_onnx import codec
+from awq_onnx.passes.fold import remove_unread
+from awq_onnx.passes.sites import Site
+
+DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The three constant inputs of a MatMulNBits; zero_points None for a symmetric grid (they are then 8)."""
+
+    codes: ir.TensorProtocol
+    scales: ir.TensorProtocol
+    zero_points: ir.TensorProtocol | None
+
+
+def weight_names(sites: Sequence[Site]) -> dict[Site, str]:
+    """What the packed tensors of each site are called, before their suffix: its node's name where that is unique."""
+    counts = Counter(site.node.name for site in sites)
+    return {
+        site: site.node.name if site.node.name and counts[site.node.name] == 1 else site.output.name or ""
+        for site in sites
+    }
+
+
+def to_matmul_nbits(
+    model: ir.Model,
+    site: Site,
+    weight: PackedWeight,
+    *,
+    block_size: int,
+    accuracy_level: int,
+    metadata: Mapping[str, str],
+) -> ir.Node:
+    """Put the new node where the MatMul was; the old weight goes if nothing else reads it."""
+    graph, old = model.graph, site.node
+    tensors = [weight.codes, weight.scales, *([weight.zero_points] if weight.zero_points is not None else [])]
+    node = ir.node(
+        "MatMulNBits",
+        [site.input, *(_initializer(graph, tensor) for tensor in tensors)],
+        {
+            "K": site.K,
+            "N": site.N,
+            "bits": codec.BITS,
+            "block_size": block_size,
+            "accuracy_level": accuracy_level,
+        },
+        domain=DOMAIN,
+        name=old.name,
+        doc_string=old.doc_string,
+        metadata_props={**old.metadata_props, **metadata},
+    )
+    _take_over(old.outputs[0], node.outputs[0])
+    graph.insert_before(old, node)
+    old_weight = old.inputs[1]
+    graph.remove(old, safe=True)
+    remove_unread(graph, old_weight)
+    model.opset_imports.setdefault(DOMAIN, 1)
+    return node
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.val(tensor.name or "", tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """`new` is what `old` was, for every reader: name, type and shape too, so that shape inference goes on."""
+    name = old.name
+    new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = None
+    new.name = name

@@ -1,0 +1,209 @@
+"""The ordered steps of a quantisation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from awq_onnx import codec, groups, report, runtime
+from awq_onnx._version import __version__
+from awq_onnx.calibrate import channels, data, segments
+from awq_onnx.calibrate.channels import ChannelMap
+from awq_onnx.calibrate.data import Calibration, CalibrationData
+from awq_onnx.calibrate.feeds import Signature, signature
+from awq_onnx.codec import Format
+from awq_onnx.compare import Comparison, compare_sessions
+from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError
+from awq_onnx.groups import GroupResult, SiteResult
+from awq_onnx.meter import Meter
+from awq_onnx.passes import check, fold, rewrite, sites, skeleton
+from awq_onnx.passes.absorb import Gain, Group, Linear, find_groups
+from awq_onnx.passes.sites import Refusal, Site, Survey
+from awq_onnx.progress import Progress, Silent
+from awq_onnx.recipe import Recipe
+from awq_onnx.report import Report
+from awq_onnx.store import ModelSource, OpenedModel, OutputFiles, open_model
+
+
+def quantize(
+    model: ModelSource,
+    output: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    calibration: Calibration = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantise the weights of `model` to 4 bits with AWQ and write it to `output` (and `output`.data).
+
+    model: the path of a .onnx file, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph; it is not
+    changed. calibration: None (the model writes its own text), the path of a .txt, .jsonl, .npz or .npy file, texts,
+    token ids (samples, T), or arrays by input name. tokenizer: the folder of tokenizer.json, for text.
+
+    Raises ModelError, OutputError, CalibrationError, MissingPackageError, RuntimeFailedError (see `awq_onnx.errors`);
+    nothing is written then.
+    """
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
+        plan = make_plan(opened.model.graph)
+        wanted, original = signature(opened.model.graph), opened.serialize()
+        with meter.stage("calibration data"):
+            calibration_data = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
+        with meter.stage("calibrate and search"):
+            results = _calibrate_and_search(plan, opened, files, calibration_data, recipe, progress)
+        with meter.stage("write"):
+            progress.stage("Writing the model")
+            _edit(opened.model, results, files, recipe)
+            finished = files.write(opened.model)
+        with meter.stage("measure"):
+            comparison = _measure(original, opened.folder, finished, calibration_data, wanted, progress)
+        size_after_bytes = files.publish()
+        return Report(
+            model=str(opened.path or "a model in memory"),
+            output=str(files.output),
+            recipe=recipe,
+            calibration=calibration_data.source,
+            matmuls=report.matmul_reports(results),
+            kept=plan.survey.kept,
+            scaled_caches=_scaled_caches(results),
+            size_before_bytes=opened.size_bytes,
+            size_after_bytes=size_after_bytes,
+            comparison=comparison,
+            total_seconds=meter.total_seconds,
+            seconds=meter.seconds,
+            peak_memory_bytes=meter.peak_private_bytes,
+            resident_memory_bytes=meter.peak_resident_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done: every site, in groups that share an input and a scale."""
+
+    survey: Survey
+    groups: tuple[Group, ...]
+
+
+def make_plan(graph: ir.Graph) -> Plan:
+    """Look at the graph, change nothing, read no weight.
+
+    Raises AlreadyQuantizedError, NothingToQuantizeError.
+    """
+    quantized = sites.quantized_nodes(graph)
+    if quantized:
+        raise AlreadyQuantizedError(
+            f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
+            "start from the original model"
+        )
+    survey = sites.survey(graph)
+    if not survey.sites:
+        kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
+        raise NothingToQuantizeError(f"the model has no MatMul with a constant weight that can be quantised{kept}")
+    return Plan(survey, find_groups(survey))
+
+
+def _calibrate_and_search(
+    plan: Plan,
+    opened: OpenedModel,
+    files: OutputFiles,
+    calibration_data: CalibrationData,
+    recipe: Recipe,
+    progress: Progress,
+) -> list[GroupResult]:
+    """Run the model part by part over the data; quantise what a part's activations are known for."""
+    progress.stage("Tracing channels")
+    maps = _trace(plan, opened, calibration_data)
+    names = rewrite.weight_names(plan.survey.sites)
+    progress.stage("Calibrating and searching")
+    results = []
+    for finished in segments.collect(opened, plan.groups, calibration_data.feeds, advance=progress.advance):
+        while finished:
+            group, statistics = finished.pop(0)
+            fmt = Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()))
+            results.append(groups.quantize_group(group, maps.get(group), statistics, fmt, opened, files, names))
+    order = {group: position for position, group in enumerate(plan.groups)}
+    return sorted(results, key=lambda result: order[result.group])
+
+
+def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
+    traced = skeleton.traced(plan.groups)
+    first = {name: values[:1] for name, values in calibration_data.feeds[0].items()}
+    return dict(zip(traced, channels.trace(opened.model, opened.folder, traced, first), strict=True))
+
+
+def _edit(model: ir.Model, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
+    """All changes to the graph, after everything about them is decided."""
+    before = check.shape_of(model.graph)
+    divided = _fold(model.graph, results)
+    for result in results:
+        for site in result.sites:
+            rewrite.to_matmul_nbits(
+                model,
+                site.site,
+                _packed(site, divided.get(site.site), files),
+                block_size=recipe.block_size,
+                accuracy_level=recipe.accuracy_level,
+                metadata=_metadata(result, site),
+            )
+    model.metadata_props["awq_onnx.version"] = __version__
+    model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
+    check.check(model.graph, before)
+
+
+def _fold(graph: ir.Graph, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
+    """Divide gains and biases; what the output channels of quantised MatMuls have to be divided by."""
+    divided: dict[Site, codec.Float32] = {}
+    for result in results:
+        if result.absorbed is None or isinstance(result.folded, Refusal):
+            continue
+        if isinstance(result.folded, Gain):
+            fold.fold_into_gain(graph, result.folded, result.absorbed)
+        else:
+            divided[result.folded.site] = result.absorbed
+            if result.folded.bias is not None:
+                fold.divide_constant(graph, *result.folded.bias, result.absorbed)
+    return divided
+
+
+def _packed(site: SiteResult, divisor: codec.Float32 | None, files: OutputFiles) -> rewrite.PackedWeight:
+    """The packed tensors; dividing an output channel divides the scales of its blocks, exactly."""
+    name = (site.codes.name or "").removesuffix(".codes")
+    scales = site.scales if divisor is None else site.scales / divisor
+    return rewrite.PackedWeight(
+        codes=site.codes,
+        scales=files.append(f"{name}.scales", codec.pack_scales(scales, site.site.dtype.numpy())),
+        zero_points=None if site.zero_points is None else files.append(f"{name}.zero_points", site.zero_points),
+    )
+
+
+def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
+    """What Netron shows of a node."""
+    (row,) = (one for one in report.matmul_reports([result]) if one.name == site.site.name)
+    return {
+        "awq_onnx.alpha": f"{row.alpha:g}",
+        "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason}",
+        "awq_onnx.error": f"{row.error:.5f}",
+        "awq_onnx.error_of_plain_rounding": f"{row.plain_error:.5f}",
+    }
+
+
+def _measure(
+    original: bytes, folder: Path, finished: Path, calibration_data: CalibrationData, wanted: Signature, progress: Progress
+) -> Comparison:
+    """Compare on the held-out data; that onnxruntime runs the result is shown before it is published."""
+    progress.stage("Measuring the result")
+    quantized = runtime.client_session(finished)
+    return compare_sessions(
+        runtime.session(original, folder), quantized, calibration_data.held_out, wanted, progress.advance
+    )
+
+
+def _scaled_caches(results: Sequence[GroupResult]) -> int:
+    return sum(len(one.folded.caches) for one in results if isinstance(one.folded, Linear) and one.choice.alpha > 0)

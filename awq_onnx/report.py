@@ -1,0 +1,184 @@
+"""What was done, what was refused and why, what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from awq_onnx._version import __version__
+from awq_onnx.compare import Comparison
+from awq_onnx.groups import GroupResult
+from awq_onnx.passes.absorb import Gain
+from awq_onnx.passes.sites import Refusal
+from awq_onnx.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class MatMulReport:
+    """One quantised MatMul.
+
+    alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, None where there is
+    none; reason: why. error, plain_error: ||X E|| / ||X W|| on the calibration data, as shipped and for plain
+    rounding (round-to-nearest) without a scale.
+    """
+
+    name: str
+    K: int
+    N: int
+    alpha: float
+    folded_into: str | None
+    reason: str | None
+    error: float
+    plain_error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `quantize`. Sizes in bytes, times in seconds; memory is None where it cannot be measured.
+
+    peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both.
+    """
+
+    model: str
+    output: str
+    recipe: Recipe
+    calibration: str
+    matmuls: tuple[MatMulReport, ...]
+    kept: tuple[Refusal, ...]
+    scaled_caches: int
+    size_before_bytes: int
+    size_after_bytes: int
+    comparison: Comparison
+    total_seconds: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    resident_memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["recipe"] = self.recipe.to_dict()
+        values["matmuls"] = [vars(one) for one in self.matmuls]
+        values["kept"] = [vars(one) for one in self.kept]
+        values["comparison"] = self.comparison.to_dict()
+        values["seconds"] = dict(self.seconds)
+        return values
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The summary: what a person wants to know, a label and a text each."""
+        rows = [
+            ("Output", f"{self.output}, {_size(self.size_after_bytes)} (original {_size(self.size_before_bytes)})"),
+            ("Quantised", f"{len(self.matmuls)} MatMuls to 4 bits, {_format(self.recipe)}"),
+            ("Scales", "; ".join(_scales(self.matmuls)) or "none"),
+        ]
+        rows += [("Left alone", text) for text in _grouped(self.kept)]
+        rows += [("Not scaled", text) for text in _grouped(_unscaled(self.matmuls))]
+        if self.scaled_caches:
+            rows.append(
+                ("Caches", f"{self.scaled_caches} values of the key/value cache are scaled: do not mix with the original's")
+            )
+        rows += [
+            ("Calibration", self.calibration),
+            ("Layer error", f"{_layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
+            ("Output error", _output_error(self.comparison)),
+            ("Cost", f"{self.total_seconds:.0f} s{_memory(self)}"),
+        ]
+        return rows
+
+
+def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
+    """A row for each MatMul, in graph order."""
+    return tuple(
+        MatMulReport(
+            name=site.site.name,
+            K=site.site.K,
+            N=site.site.N,
+            alpha=result.choice.alpha,
+            folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
+            reason=result.folded.reason if isinstance(result.folded, Refusal) else None,
+            error=_relative(site.loss, site.energy),
+            plain_error=_relative(site.plain_loss, site.energy),
+        )
+        for result in results
+        for site in result.sites
+    )
+
+
+def folds(results: Iterable[GroupResult]) -> Counter[str]:
+    """How many MatMuls had their scale folded into what kind of tensor."""
+    counts: Counter[str] = Counter()
+    for result in results:
+        if not isinstance(result.folded, Refusal):
+            counts["norm gains" if isinstance(result.folded, Gain) else "the MatMul before"] += len(result.sites)
+    return counts
+
+
+def _relative(loss: float, energy: float) -> float:
+    return float(np.sqrt(max(loss, 0) / energy)) if energy > 0 else 0.0
+
+
+def _scales(matmuls: Iterable[MatMulReport]) -> list[str]:
+    folded = [one for one in matmuls if one.folded_into is not None]
+    if not folded:
+        return []
+    targets = len({one.folded_into for one in folded})
+    middle = float(np.mean([one.alpha for one in folded]))
+    return [f"folded for {len(folded)} MatMuls into {targets} nodes before them (mean alpha {middle:.2f}), no node added"]
+
+
+def _unscaled(matmuls: Iterable[MatMulReport]) -> list[Refusal]:
+    return [Refusal(one.name, one.reason) for one in matmuls if one.reason is not None]
+
+
+def _grouped(refusals: Iterable[Refusal]) -> list[str]:
+    """One line for each reason, naming the first node it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal.what)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def _layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
+    ratios = [one.error / one.plain_error for one in matmuls if one.plain_error > 0 and one.error > 0]
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+
+
+def _output_error(comparison: Comparison) -> str:
+    if comparison.kl_mean is None:
+        return f"{comparison.relative_error:.4f} relative, over {comparison.windows} held-out samples"
+    error = f" ± {comparison.kl_se:.3f}" if comparison.kl_se is not None else ""
+    return (
+        f"KL {comparison.kl_mean:.3f}{error} nats per token, same next token {comparison.top1:.1%} "
+        f"({comparison.tokens} held-out tokens)"
+    )
+
+
+def _format(recipe: Recipe) -> str:
+    kind = "symmetric" if recipe.symmetric else "with zero points"
+    return f"block size {recipe.block_size}, {kind}, accuracy level {recipe.accuracy_level}"
+
+
+def _memory(report: Report) -> str:
+    if report.peak_memory_bytes is None or report.resident_memory_bytes is None:
+        return ""
+    return (
+        f", peak memory {_size(report.peak_memory_bytes)} "
+        f"({_size(report.resident_memory_bytes)} with the pages of mapped files)"
+    )
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e7 else f"{size_bytes / 1e3:.0f} kB"
