@@ -20,7 +20,7 @@ from awq_onnx.progress import Silent
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import ModelSource, open_model
 
-ROWS_AT_ONCE = 64  # of logits (rows, V) in float64
+ROWS_AT_ONCE = 16  # of logits (rows, V) in float64
 Rows = NDArray[Any]
 
 
@@ -141,14 +141,19 @@ def _rows_of(output: Rows) -> int:
 
 
 def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
-    if expected.dtype.kind != "f":
-        return
     if expected.shape != actual.shape:
         raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
-    finite = np.isfinite(expected) & np.isfinite(actual)
-    error = np.where(finite, actual.astype(np.float32) - expected.astype(np.float32), 0)
-    sums.error += float(np.vdot(error, error))
-    sums.energy += float(np.square(np.where(finite, expected, 0).astype(np.float32)).sum(dtype=np.float64))
+    if expected.dtype.kind != "f":
+        return
+    columns = expected.shape[-1] if expected.ndim else 1
+    expected, actual = expected.reshape(-1, columns), actual.reshape(-1, columns)
+    for start in range(0, len(expected), ROWS_AT_ONCE):  # logits are large, copies of all of them larger
+        one = expected[start : start + ROWS_AT_ONCE].astype(np.float32)
+        error = actual[start : start + ROWS_AT_ONCE] - one
+        finite = np.isfinite(error)
+        error, one = np.where(finite, error, 0), np.where(finite, one, 0)
+        sums.error += float(np.vdot(error, error))
+        sums.energy += float(np.vdot(one, one))
 
 
 def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed) -> None:

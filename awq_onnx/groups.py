@@ -104,7 +104,9 @@ def read_weight(site: Site, opened: OpenedModel) -> Float32:
     return weight
 
 
-def _limits(folded: Gain | Linear, sources: ChannelMap, statistics: InputStatistics, opened: OpenedModel) -> ScaleLimits:
+def _limits(
+    folded: Gain | Linear, sources: ChannelMap, statistics: InputStatistics, opened: OpenedModel
+) -> ScaleLimits:
     """Ties between channels that come from one, and how small s may be before something overflows its dtype."""
     dtype = folded.tensor.dtype if isinstance(folded, Gain) else folded.site.dtype
     largest = np.float32(np.finfo(dtype.numpy()).max / HEADROOM)

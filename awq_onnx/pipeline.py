@@ -128,6 +128,7 @@ def _calibrate_and_search(
             group, statistics = finished.pop(0)
             fmt = Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()))
             results.append(groups.quantize_group(group, maps.get(group), statistics, fmt, opened, files, names))
+        opened.let_go()
     order = {group: position for position, group in enumerate(plan.groups)}
     return sorted(results, key=lambda result: order[result.group])
 
@@ -195,7 +196,12 @@ def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
 
 
 def _measure(
-    original: bytes, folder: Path, finished: Path, calibration_data: CalibrationData, wanted: Signature, progress: Progress
+    original: bytes,
+    folder: Path,
+    finished: Path,
+    calibration_data: CalibrationData,
+    wanted: Signature,
+    progress: Progress,
 ) -> Comparison:
     """Compare on the held-out data; that onnxruntime runs the result is shown before it is published."""
     progress.stage("Measuring the result")

@@ -22,7 +22,9 @@ class Recipe:
     The descriptions of the fields are their help texts on the command line too.
     """
 
-    block_size: int = _setting(32, "weights that share one scale, along K; smaller is closer to the original, and larger")
+    block_size: int = _setting(
+        32, "weights that share one scale, along K; smaller is closer to the original, and larger"
+    )
     symmetric: bool = _setting(False, "no zero points: a little smaller, and further from the original")
     accuracy_level: int = _setting(
         4, "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this)"

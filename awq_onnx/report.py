@@ -85,7 +85,10 @@ class Report:
         rows += [("Not scaled", text) for text in _grouped(_unscaled(self.matmuls))]
         if self.scaled_caches:
             rows.append(
-                ("Caches", f"{self.scaled_caches} values of the key/value cache are scaled: do not mix with the original's")
+                (
+                    "Caches",
+                    f"{self.scaled_caches} values of the key/value cache are scaled: do not mix with the original's",
+                )
             )
         rows += [
             ("Calibration", self.calibration),
@@ -133,7 +136,9 @@ def _scales(matmuls: Iterable[MatMulReport]) -> list[str]:
         return []
     targets = len({one.folded_into for one in folded})
     middle = float(np.mean([one.alpha for one in folded]))
-    return [f"folded for {len(folded)} MatMuls into {targets} nodes before them (mean alpha {middle:.2f}), no node added"]
+    return [
+        f"folded for {len(folded)} MatMuls into {targets} nodes before them (mean alpha {middle:.2f}), no node added"
+    ]
 
 
 def _unscaled(matmuls: Iterable[MatMulReport]) -> list[Refusal]:

@@ -138,8 +138,7 @@ def _plain_losses(
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
         return [
-            statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)[: scale.size])
-            for scale in scales
+            statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)[: scale.size]) for scale in scales
         ]
 
     return np.sum(map_columns(weight.shape[1], work), axis=0)

@@ -60,6 +60,12 @@ class OpenedModel:
         raw = self._mapped(Path(tensor.path))[tensor.offset or 0 :][: tensor.nbytes]
         return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
+    def let_go(self) -> None:
+        """Give the pages of mapped weights back to the system; reading them again is only slower."""
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED") and mapped.base is not None:
+                mapped.base.madvise(mmap.MADV_DONTNEED)
+
     def serialize(self) -> bytes:
         """The ModelProto with its references: small, to be loaded with `folder`."""
         return bytes(ir.to_proto(self.model).SerializeToString())
@@ -115,7 +121,9 @@ def _open_file(path: Path) -> OpenedModel:
     if not path.exists():
         raise ModelFileError(f"{path} does not exist")
     if not path.is_file():
-        raise ModelFileError(f"{path} is a folder; name the .onnx file in it" if path.is_dir() else f"{path} is no file")
+        raise ModelFileError(
+            f"{path} is a folder; name the .onnx file in it" if path.is_dir() else f"{path} is no file"
+        )
     try:
         proto = _parse(path)
         if not proto.HasField("graph"):
@@ -193,7 +201,9 @@ class OutputFiles:
             self._data = (self._work / self._data_name).open("wb")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._data.close()
         except OSError:

@@ -78,4 +78,4 @@ def _decode(group: Group, runs: list[NDArray[np.generic]]) -> ChannelMap | Refus
         if not np.all(np.abs(ratio - digit) < TOLERANCE):
             return lost
         channels += (digit.astype(np.int64) - 1) * BASE**position
-    return channels if np.all((0 <= channels) & (channels < group.absorber.channels)) else lost
+    return channels if np.all((channels >= 0) & (channels < group.absorber.channels)) else lost

@@ -243,11 +243,13 @@ def _check_array(name: str, values: NDArray[Any], wanted: Signature) -> None:
     )
     if not fits:
         dims = " x ".join(map(str, one.dims))
-        raise CalibrationError(f"calibration array {name} is {' x '.join(map(str, values.shape))}, the model wants {dims}")
+        raise CalibrationError(
+            f"calibration array {name} is {' x '.join(map(str, values.shape))}, the model wants {dims}"
+        )
 
 
 def _check_ids(ids: NDArray[Any], wanted: Signature) -> None:
-    if wanted.vocabulary and ids.size and not (0 <= ids.min() and ids.max() < wanted.vocabulary):
+    if wanted.vocabulary and ids.size and not (ids.min() >= 0 and ids.max() < wanted.vocabulary):
         raise CalibrationError(
             f"the calibration tokens run from {ids.min()} to {ids.max()}, the model knows 0 to {wanted.vocabulary - 1}; "
             "is it the right tokenizer?"

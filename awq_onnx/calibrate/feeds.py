@@ -117,7 +117,9 @@ def token_feed(wanted: Signature, ids: NDArray[np.int64], past: Mapping[str, NDA
     return complete(wanted, {TOKENS: ids}, past)
 
 
-def complete(wanted: Signature, given: Mapping[str, NDArray[Any]], past: Mapping[str, NDArray[Any]] | None = None) -> Feed:
+def complete(
+    wanted: Signature, given: Mapping[str, NDArray[Any]], past: Mapping[str, NDArray[Any]] | None = None
+) -> Feed:
     """`given` plus every input that follows from it: masks of ones, positions, zero segments, empty caches."""
     past = past or {}
     batch, tokens = _batch_and_tokens(wanted, given)
@@ -152,7 +154,9 @@ def _made(one: Input, batch: int, tokens: int, before: int) -> NDArray[Any]:
         return np.full([one.fixed(0) or 1], before > 0, one.dtype)
     if one.is_past and one.dims is not None and len(one.dims) == 4:
         return empty_cache(one, batch)
-    raise CalibrationError(f"the model's input {one.name} ({one.dtype}, {_shape_text(one)}) cannot be guessed: {ADVICE}")
+    raise CalibrationError(
+        f"the model's input {one.name} ({one.dtype}, {_shape_text(one)}) cannot be guessed: {ADVICE}"
+    )
 
 
 def empty_cache(one: Input, batch: int) -> NDArray[Any]:
@@ -191,7 +195,9 @@ def _size(one: Input, axis: int, dim: str, batch: int, tokens: int) -> int:
         return batch
     if "seq" in dim or "length" in dim or "token" in dim or (axis == 1 and len(one.dims or ()) == 3):
         return tokens
-    raise CalibrationError(f"the model's input {one.name} ({_shape_text(one)}) does not say how large {dim} is: {ADVICE}")
+    raise CalibrationError(
+        f"the model's input {one.name} ({_shape_text(one)}) does not say how large {dim} is: {ADVICE}"
+    )
 
 
 def _shape_text(one: Input) -> str:

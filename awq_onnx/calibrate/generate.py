@@ -27,7 +27,9 @@ def is_causal(session: Any, wanted: Signature) -> bool:
     ids = np.array([[1, 2, 3, 4], [1, 2, 3, 5]], np.int64) % wanted.vocabulary
     try:
         logits = [
-            runtime.run(session, [wanted.logits], token_feed(wanted, one[None] if wanted.batch_size(2) == 1 else ids))[0]
+            runtime.run(session, [wanted.logits], token_feed(wanted, one[None] if wanted.batch_size(2) == 1 else ids))[
+                0
+            ]
             for one in ids
         ]
     except RuntimeFailedError:
@@ -59,9 +61,7 @@ def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
     """How many sequences to write at once: as many as the budget for caches allows, in groups of one size."""
     caches = [wanted.names[past] for past, _ in wanted.caches]
     per_sequence = 2 * length * sum(one.dtype.itemsize * empty_cache(one, 1)[:, :, :0].size for one in caches)
-    per_sequence = 2 * length * sum(
-        one.dtype.itemsize * (one.fixed(1) or 1) * (one.fixed(3) or 1) for one in caches
-    )
+    per_sequence = 2 * length * sum(one.dtype.itemsize * (one.fixed(1) or 1) * (one.fixed(3) or 1) for one in caches)
     most = max(1, CACHE_BUDGET_BYTES // per_sequence) if per_sequence else samples
     rounds = -(-samples // min(most, samples))
     return wanted.batch_size(-(-samples // rounds))

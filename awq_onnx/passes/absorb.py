@@ -152,7 +152,9 @@ def _walk(step: _Step, sites: Sites) -> tuple[Absorber | Refusal, bool]:
     gain = _gain_index(node)
     if gain is not None and step.bias is None:
         return Gain(node, gain), step.moved
-    refusal = Refusal(node_name(node), f"{node.op_type} {node_name(node)} cannot be divided and does not pass a scale on")
+    refusal = Refusal(
+        node_name(node), f"{node.op_type} {node_name(node)} cannot be divided and does not pass a scale on"
+    )
     for back in _steps_back(node, step):
         outside = _reader_off_path(back.value, node)
         found, moved = (outside, step.moved) if outside else _walk(back, sites)
@@ -195,9 +197,7 @@ def _back_through_mul(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """gate * up: either side may lead to a Linear, the other is a factor; also x * (a constant number)."""
     if step.bias is not None:
         return ()
-    return [
-        back for value in node.inputs if constant(value) is None for back in _from(step, value, moved=False)
-    ]
+    return [back for value in node.inputs if constant(value) is None for back in _from(step, value, moved=False)]
 
 
 def _back_through_matmul(node: ir.Node, step: _Step) -> Sequence[_Step]:

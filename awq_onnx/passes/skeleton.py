@@ -92,7 +92,9 @@ def _drive(maker: onnx.NodeProto, name: str, absorber: Absorber) -> list[onnx.No
 
 
 def _integers(name: str, values: list[int]) -> onnx.NodeProto:
-    return helper.make_node("Constant", [], [name], value=helper.make_tensor(name, ir.DataType.INT64, [len(values)], values))
+    return helper.make_node(
+        "Constant", [], [name], value=helper.make_tensor(name, ir.DataType.INT64, [len(values)], values)
+    )
 
 
 def _drop_unread_weights(graph: onnx.GraphProto) -> None:

@@ -1,0 +1,46 @@
+"""4-bit transformers in ONNX: activation-aware weight quantization (AWQ) in one call.
+
+    import awq_onnx
+    report = awq_onnx.quantize("model.onnx", "model_int4.onnx")
+
+The public names are those below; `awq_onnx.errors` draws the exceptions. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from awq_onnx import errors
+from awq_onnx._version import __version__
+
+if TYPE_CHECKING:
+    from awq_onnx.compare import Comparison, compare
+    from awq_onnx.pipeline import quantize
+    from awq_onnx.progress import Progress
+    from awq_onnx.recipe import Recipe
+    from awq_onnx.report import Report
+
+__all__ = ["Comparison", "Progress", "Recipe", "Report", "__version__", "compare", "errors", "quantize"]
+
+_HOMES = {
+    "Comparison": "awq_onnx.compare",
+    "Progress": "awq_onnx.progress",
+    "Recipe": "awq_onnx.recipe",
+    "Report": "awq_onnx.report",
+    "compare": "awq_onnx.compare",
+    "quantize": "awq_onnx.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'awq_onnx' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # also in the place of a submodule of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
