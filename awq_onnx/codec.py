@@ -116,7 +116,7 @@ def pack(centred: Float32, grid: Grid) -> UInt8:
 
 def unpack(packed: UInt8) -> UInt8:
     """The codes 0 .. 15 of packed bytes: uint8 (N, G, b/2) -> (N, G, b)."""
-    codes = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, G, b/2, 2)
+    codes: UInt8 = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, G, b/2, 2)
     return codes.reshape(*packed.shape[:2], -1)  # (N, G, b)
 
 
@@ -125,12 +125,13 @@ def pack_zero_points(zero_points: Float32) -> UInt8:
     codes = zero_points.T.astype(np.uint8)  # (N, G)
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    return codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (N, ceil(G/2))
+    packed = codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (N, ceil(G/2))
+    return packed.astype(np.uint8, copy=False)
 
 
 def unpack_zero_points(packed: UInt8, blocks: int) -> UInt8:
     """uint8 (N, ceil(G/2)) -> (N, G) zero points 0 .. 15."""
-    codes = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, ceil(G/2), 2)
+    codes: UInt8 = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, ceil(G/2), 2)
     return codes.reshape(packed.shape[0], -1)[:, :blocks]  # (N, G)
 
 

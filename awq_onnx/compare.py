@@ -16,7 +16,7 @@ from awq_onnx.calibrate import data
 from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import MASK, TOKENS, Feed, Signature, signature
 from awq_onnx.errors import CalibrationError
-from awq_onnx.progress import Silent
+from awq_onnx.progress import Silent, unheard
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import ModelSource, open_model
 
@@ -89,7 +89,7 @@ def compare_sessions(
     quantized: Any,
     windows: Sequence[Feed],
     wanted: Signature,
-    advance: Callable[[float], None] = lambda fraction: None,
+    advance: Callable[[float], None] = unheard,
 ) -> Comparison:
     """The comparison of two sessions of models with the same signature; each feed is a window."""
     caches = {present for _, present in wanted.caches}

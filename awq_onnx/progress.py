@@ -18,6 +18,10 @@ class Progress(Protocol):
         """Something the user should know, not an error."""
 
 
+def unheard(fraction: float) -> None:
+    """What to call in the place of `advance` where nobody watches."""
+
+
 class Silent:
     """Progress that nobody watches."""
 

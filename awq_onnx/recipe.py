@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from awq_onnx.errors import RecipeError
 
@@ -10,9 +11,8 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 4)
 
 
-def _setting(default: int | bool, description: str) -> int | bool:
-    value: int | bool = field(default=default, metadata={"help": description})
-    return value
+def _setting(default: int | bool, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
 
 
 @dataclass(frozen=True, kw_only=True)

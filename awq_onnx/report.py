@@ -94,7 +94,7 @@ class Report:
             ("Calibration", self.calibration),
             ("Layer error", f"{_layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
             ("Output error", _output_error(self.comparison)),
-            ("Cost", f"{self.total_seconds:.0f} s{_memory(self)}"),
+            ("Cost", f"{self.total_seconds:{'.1f' if self.total_seconds < 10 else '.0f'}} s{_memory(self)}"),
         ]
         return rows
 

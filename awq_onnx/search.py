@@ -56,7 +56,8 @@ class InputStatistics:
     @cached_property
     def rest(self) -> Float32:
         """The diagonal of H less that of U U': float32 (K,), not negative."""
-        return np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), 0)
+        rest: Float32 = np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), np.float32(0))
+        return rest
 
     @property
     def diagonal(self) -> Float32:
@@ -141,7 +142,8 @@ def _plain_losses(
             statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)[: scale.size]) for scale in scales
         ]
 
-    return np.sum(map_columns(weight.shape[1], work), axis=0)
+    total: NDArray[np.float64] = np.sum(map_columns(weight.shape[1], work), axis=0)
+    return total
 
 
 def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Float32:
@@ -185,7 +187,8 @@ def round_group(
 
 def _round_weight(weight: Float32, scale: Float32, statistics: InputStatistics, fmt: Format) -> Rounded:
     K, N = weight.shape
-    h = codec.to_blocks((statistics.diagonal / np.square(scale))[:, None], fmt.block_size)  # (G, b, 1)
+    cost = np.divide(statistics.diagonal, np.square(scale), dtype=np.float32)
+    h = codec.to_blocks(cost[:, None], fmt.block_size)  # (G, b, 1)
     unscaled = np.ones_like(scale)
     centred = np.empty((fmt.blocks_of(K), fmt.block_size, N), np.float32)
     scales, zero_points = np.empty((2, fmt.blocks_of(K), N), np.float32)
@@ -229,7 +232,7 @@ def _error_of(centred: Float32, grid: Grid, scaled: Float32, scale: Float32, out
     """E = Q(s W) / s - W in `out` (G, b, n), returned as rows (G b, n)."""
     codec.dequantize(centred, grid, out=out)
     out -= scaled
-    return _scale_rows(out, 1 / scale, out).reshape(-1, out.shape[2])
+    return _scale_rows(out, np.reciprocal(scale), out).reshape(-1, out.shape[2])
 
 
 def _scale_rows(blocks: Float32, scale: Float32, out: Float32) -> Float32:

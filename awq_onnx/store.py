@@ -7,6 +7,7 @@ finished, the graph last; both are made in a work folder beside the output and r
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -34,7 +35,8 @@ ModelSource: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | 
 
 INLINE_BYTES = 1 << 16  # tensors below stay in the graph in memory: norm gains, biases, shapes
 FILE_INLINE_BYTES = 1 << 10  # tensors below stay in the written graph file; the rest goes to the data file
-ALIGNMENT = 4096  # of tensors in the data file, so that onnxruntime can map them
+PAGE_BYTES = 4096  # large tensors start on a page of the data file, so that they can be mapped
+LINE_BYTES = 64  # small ones on a cache line
 COPY_BYTES = 1 << 24
 WORK_PREFIX = ".awq-onnx-"
 
@@ -63,7 +65,7 @@ class OpenedModel:
     def let_go(self) -> None:
         """Give the pages of mapped weights back to the system; reading them again is only slower."""
         for mapped in self._maps.values():
-            if hasattr(mmap, "MADV_DONTNEED") and mapped.base is not None:
+            if hasattr(mmap, "MADV_DONTNEED") and isinstance(mapped.base, mmap.mmap):
                 mapped.base.madvise(mmap.MADV_DONTNEED)
 
     def serialize(self) -> bytes:
@@ -145,7 +147,8 @@ def _parse(path: Path) -> onnx.ModelProto:
             raise ModelFileError(f"{path} is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
             stripped = wire.externalize(data, path.name, INLINE_BYTES)
-    return onnx.ModelProto.FromString(stripped)
+    proto: onnx.ModelProto = onnx.ModelProto.FromString(stripped)
+    return proto
 
 
 def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, int]:
@@ -204,16 +207,14 @@ class OutputFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a full disk; that it is full has been said where it was met
             self._data.close()
-        except OSError:
-            pass  # a full disk; that it is full has been said where it was met
         shutil.rmtree(self._work, ignore_errors=True)
 
     def append(self, name: str, values: Array) -> ir.ExternalTensor:
         """Write an array to the data file now; the tensor to put into the graph."""
         with self._failures():
-            offset = self._align()
+            offset = self._align(values.nbytes)
             self._data.write(np.ascontiguousarray(values).data)
         like = ir.Tensor(values, name=name)
         return _reference(name, self._data_name, offset, like, self._work)
@@ -247,12 +248,12 @@ class OutputFiles:
             return tensor if tensor.base_dir == str(self._work) else self._copied(tensor)
         if tensor.nbytes < FILE_INLINE_BYTES:
             return tensor
-        offset = self._align()
+        offset = self._align(tensor.nbytes)
         self._data.write(tensor.tobytes())
         return _reference(value.name or "", self._data_name, offset, tensor, self._work)
 
     def _copied(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        offset = self._align()
+        offset = self._align(tensor.nbytes)
         with Path(tensor.path).open("rb") as source:
             source.seek(tensor.offset or 0)
             remaining = tensor.nbytes
@@ -264,9 +265,9 @@ class OutputFiles:
                 remaining -= len(block)
         return _reference(tensor.name or "", self._data_name, offset, tensor, self._work)
 
-    def _align(self) -> int:
+    def _align(self, size_bytes: int) -> int:
         position = self._data.tell()
-        self._data.write(bytes(-position % ALIGNMENT))
+        self._data.write(bytes(-position % (PAGE_BYTES if size_bytes >= INLINE_BYTES else LINE_BYTES)))
         return self._data.tell()
 
     def _check(self, overwrite: bool) -> None:

@@ -60,7 +60,7 @@ def _build_into(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source = _gguf_folder()
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype="float32")
     tokenizer = _tokenizer(source)
     tokens = tokenizer(PROMPT, return_tensors="pt")
     before = _logits(model, tokens)

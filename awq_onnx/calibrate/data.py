@@ -80,8 +80,8 @@ def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress:
         length = wanted.sequence_length(recipe.sequence_length)
         if not wanted.caches and length > LENGTH_WITHOUT_CACHE:
             progress.note(
-                f"The model has no key/value cache: its text is written {LENGTH_WITHOUT_CACHE} tokens at a time, slowly. "
-                "Text of your own (--calibration file.txt) would be faster."
+                f"The model has no key/value cache: its text is written {LENGTH_WITHOUT_CACHE} tokens at a time, "
+                "slowly. Text of your own (--calibration file.txt) would be faster."
             )
         ids = generate(session, wanted, samples, length, recipe.seed, progress.advance)
         source = f"{len(ids)} sequences of {ids.shape[1]} tokens that the model wrote itself"
@@ -158,7 +158,7 @@ def _windows_of_text(
     length = min(length, len(ids))
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     count = min(len(windows), recipe.samples + _held_out(recipe.samples))
-    chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+    chosen: NDArray[np.int64] = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     _check_ids(chosen, wanted)
     return chosen
 
@@ -251,6 +251,6 @@ def _check_array(name: str, values: NDArray[Any], wanted: Signature) -> None:
 def _check_ids(ids: NDArray[Any], wanted: Signature) -> None:
     if wanted.vocabulary and ids.size and not (ids.min() >= 0 and ids.max() < wanted.vocabulary):
         raise CalibrationError(
-            f"the calibration tokens run from {ids.min()} to {ids.max()}, the model knows 0 to {wanted.vocabulary - 1}; "
-            "is it the right tokenizer?"
+            f"the calibration tokens run from {ids.min()} to {ids.max()}, "
+            f"the model knows 0 to {wanted.vocabulary - 1}; is it the right tokenizer?"
         )

@@ -20,6 +20,7 @@ from awq_onnx.calibrate.feeds import Feed
 from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.sites import constant
+from awq_onnx.progress import unheard
 from awq_onnx.search import InputStatistics
 from awq_onnx.store import OpenedModel
 
@@ -43,7 +44,7 @@ def collect(
     feeds: Iterable[Feed],
     *,
     budget_bytes: int = BUDGET_BYTES,
-    advance: Callable[[float], None] = lambda fraction: None,
+    advance: Callable[[float], None] = unheard,
 ) -> Iterator[list[tuple[Group, InputStatistics]]]:
     """Run the model once over all `feeds`; after each part, its groups with their statistics.
 
@@ -81,7 +82,8 @@ def _rows(activation: NDArray[np.generic], alive: Feed) -> NDArray[np.generic]:
     """An activation (…, K) as rows (T, K), without the rows of padding where there is a mask to tell."""
     mask = alive.get("attention_mask")
     if mask is not None and activation.ndim == 3 and activation.shape[:2] == mask.shape and not mask.all():
-        return activation[mask.astype(bool)]
+        real: NDArray[np.generic] = activation[mask.astype(bool)]
+        return real
     return activation.reshape(-1, activation.shape[-1])  # (T, K)
 
 

@@ -51,7 +51,7 @@ def build(model: ir.Model, groups: Sequence[Group]) -> Skeleton:
         nodes.extend(_ones(site) if isinstance(site, Site) else [written])
         for output in node.outputs:
             if output.name in driven:
-                nodes.extend(_drive(nodes[-1], output.name, driven[output.name]))
+                nodes.extend(_drive(nodes[-1], output.name or "", driven[output.name]))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     drives = {drive_name(a): (a.channels, _dtype(a)) for a in driven.values()}
@@ -72,7 +72,7 @@ def _ones(site: Site) -> list[onnx.NodeProto]:
     name = site.output.name or ""
     one = helper.make_tensor("", site.dtype, [1], [1.0])
     return [
-        helper.make_node("Shape", [site.input.name], [f"{name}.shape"]),
+        helper.make_node("Shape", [site.input.name or ""], [f"{name}.shape"]),
         _integers(f"{name}.zero", [0]),
         _integers(f"{name}.last", [-1]),
         _integers(f"{name}.columns", [site.N]),

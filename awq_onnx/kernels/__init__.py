@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: executing `com.microsoft::MatMulNBits`. reference.py is the specification of every kernel."""
