@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,14 @@ class GroupResult:
     sites: tuple[SiteResult, ...]
 
 
+def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
+    """Raise WeightError where a weight holds NaN or Inf: before any time is spent on calibration."""
+    for site in sites:
+        if not np.isfinite(opened.read(site.tensor)).all():
+            raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
+    opened.let_go()
+
+
 def quantize_group(
     group: Group,
     channels: ChannelMap | Refusal | None,
@@ -96,23 +105,22 @@ def quantize_group(
 
 
 def read_weight(site: Site, opened: OpenedModel) -> Float32:
-    """W as float32 (K, N), contiguous. Raises WeightError where it holds NaN or Inf."""
+    """W as float32 (K, N), contiguous."""
     stored = opened.read(site.tensor)
-    weight = np.ascontiguousarray(stored.T if site.transposed else stored, dtype=np.float32)
-    if not np.isfinite(weight).all():
-        raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
-    return weight
+    return np.ascontiguousarray(stored.T if site.transposed else stored, dtype=np.float32)
 
 
 def _limits(
     folded: Gain | Linear, sources: ChannelMap, statistics: InputStatistics, opened: OpenedModel
 ) -> ScaleLimits:
-    """Ties between channels that come from one, and how small s may be before something overflows its dtype."""
+    """Ties between channels that come from one, and how small s may be before something overflows fp16."""
+    tie = None if np.array_equal(sources, np.arange(sources.size)) else sources
     dtype = folded.tensor.dtype if isinstance(folded, Gain) else folded.site.dtype
+    if dtype == ir.DataType.FLOAT:  # s spans 1e4 at most: far from what fp32 can hold
+        return ScaleLimits(tie)
     largest = np.float32(np.finfo(dtype.numpy()).max / HEADROOM)
     smallest = np.zeros(folded.channels, np.float32)
     np.maximum.at(smallest, sources, np.maximum(statistics.act_max, _magnitude(folded, opened)[sources]) / largest)
-    tie = None if np.array_equal(sources, np.arange(sources.size)) else sources
     return ScaleLimits(tie, smallest[sources])
 
 

@@ -54,6 +54,7 @@ def quantize(
     with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
         plan = make_plan(opened.model.graph)
         wanted, original = signature(opened.model.graph), opened.serialize()
+        groups.check_weights(plan.survey.sites, opened)
         with meter.stage("calibration data"):
             calibration_data = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
         with meter.stage("calibrate and search"):

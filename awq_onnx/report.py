@@ -13,7 +13,7 @@ import numpy as np
 from awq_onnx._version import __version__
 from awq_onnx.compare import Comparison
 from awq_onnx.groups import GroupResult
-from awq_onnx.passes.absorb import Gain
+from awq_onnx.passes.absorb import Gain, Linear
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.recipe import Recipe
 
@@ -22,9 +22,9 @@ from awq_onnx.recipe import Recipe
 class MatMulReport:
     """One quantised MatMul.
 
-    alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, None where there is
-    none; reason: why. error, plain_error: ||X E|| / ||X W|| on the calibration data, as shipped and for plain
-    rounding (round-to-nearest) without a scale.
+    alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
+    node that is ("norm gain" or "MatMul"); None where there is none; reason: why. error, plain_error:
+    ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding (round-to-nearest) without a scale.
     """
 
     name: str
@@ -32,6 +32,7 @@ class MatMulReport:
     N: int
     alpha: float
     folded_into: str | None
+    fold: str | None
     reason: str | None
     error: float
     plain_error: float
@@ -58,7 +59,6 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
-    notes: tuple[str, ...] = ()
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Report:
         rows = [
             ("Output", f"{self.output}, {_size(self.size_after_bytes)} (original {_size(self.size_before_bytes)})"),
             ("Quantised", f"{len(self.matmuls)} MatMuls to 4 bits, {_format(self.recipe)}"),
-            ("Scales", "; ".join(_scales(self.matmuls)) or "none"),
+            ("Scales", _scales(self.matmuls)),
         ]
         rows += [("Left alone", text) for text in _grouped(self.kept)]
         rows += [("Not scaled", text) for text in _grouped(_unscaled(self.matmuls))]
@@ -108,6 +108,7 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
             N=site.site.N,
             alpha=result.choice.alpha,
             folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
+            fold=_kind(result.folded),
             reason=result.folded.reason if isinstance(result.folded, Refusal) else None,
             error=_relative(site.loss, site.energy),
             plain_error=_relative(site.plain_loss, site.energy),
@@ -117,28 +118,27 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     )
 
 
-def folds(results: Iterable[GroupResult]) -> Counter[str]:
-    """How many MatMuls had their scale folded into what kind of tensor."""
-    counts: Counter[str] = Counter()
-    for result in results:
-        if not isinstance(result.folded, Refusal):
-            counts["norm gains" if isinstance(result.folded, Gain) else "the MatMul before"] += len(result.sites)
-    return counts
+def _kind(folded: Gain | Linear | Refusal) -> str | None:
+    if isinstance(folded, Refusal):
+        return None
+    return "norm gain" if isinstance(folded, Gain) else "MatMul"
 
 
 def _relative(loss: float, energy: float) -> float:
     return float(np.sqrt(max(loss, 0) / energy)) if energy > 0 else 0.0
 
 
-def _scales(matmuls: Iterable[MatMulReport]) -> list[str]:
-    folded = [one for one in matmuls if one.folded_into is not None]
+def _scales(matmuls: Iterable[MatMulReport]) -> str:
+    """How many MatMuls have their scale where."""
+    folded = [one for one in matmuls if one.fold is not None]
     if not folded:
-        return []
-    targets = len({one.folded_into for one in folded})
-    middle = float(np.mean([one.alpha for one in folded]))
-    return [
-        f"folded for {len(folded)} MatMuls into {targets} nodes before them (mean alpha {middle:.2f}), no node added"
-    ]
+        return "none could be folded; the weights are rounded as they are"
+    counts = Counter(one.fold for one in folded)
+    parts = ", ".join(f"{count} into {_PLACES[kind]}" for kind, count in counts.items() if kind is not None)
+    return f"folded: {parts}; mean alpha {np.mean([one.alpha for one in folded]):.2f}; no node added"
+
+
+_PLACES = {"norm gain": "norm gains", "MatMul": "the MatMul before"}
 
 
 def _unscaled(matmuls: Iterable[MatMulReport]) -> list[Refusal]:

@@ -13,8 +13,8 @@ What is done between the GGUF file and the export, and why, is told in models/RE
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -173,8 +173,11 @@ def permute_channels(model: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build SmolLM2-135M-Instruct as ONNX (fp32).")
     parser.add_argument("folder", nargs="?", type=Path, help="where to (default: the cache)")
-    folder = build(parser.parse_args().folder)
-    print(json.dumps({"model": str(folder / "model.onnx"), "bytes": (folder / "model.onnx").stat().st_size}))
+    parser.add_argument("--print-path", action="store_true", help="print the path of the model and nothing else")
+    arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):  # exporters print
+        model = build(arguments.folder) / "model.onnx"
+    print(model if arguments.print_path else f"{model}: {model.stat().st_size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,36 @@ def norm_and_readers(*, K: int = 64, columns: tuple[int, ...] = (48, 32), **opti
     return builder
 
 
-def gated_mlp(*, K: int = 64, hidden: int = 96, activation: str = "silu", **options: Any) -> GraphBuilder:
+def gated_mlp(
+    *, K: int = 64, hidden: int = 96, activation: str = "silu", bias: bool = False, **options: Any
+) -> GraphBuilder:
     """x -> RMSNorm -> gate, up -> act(gate) * up -> down."""
     builder = GraphBuilder(**options)
     normed = builder.rms_norm(builder.input("x", ["batch", "sequence", K]), K, "norm")
-    gate, up = builder.linear(normed, K, hidden, "gate"), builder.linear(normed, K, hidden, "up")
+    gate, up = builder.linear(normed, K, hidden, "gate"), builder.linear(normed, K, hidden, "up", bias=bias)
     if activation == "silu":
         acted = builder.add("Mul", gate, builder.add("Sigmoid", gate, name="act/Sigmoid"), name="act/Mul")
     else:
         acted = gate
     product = builder.add("Mul", acted, up, name="product")
     builder.output(builder.linear(product, hidden, K, "down"), ["batch", "sequence", K])
+    return builder
+
+
+def two_linears(
+    middle: Callable[[GraphBuilder, str], str],
+    *,
+    K: int = 32,
+    hidden: int = 32,
+    arriving: int | None = None,
+    bias: bool = False,
+    **options: Any,
+) -> GraphBuilder:
+    """x -> MatMul "first" (K, hidden) -> whatever `middle` appends -> MatMul "second" (arriving, 24) -> y."""
+    builder = GraphBuilder(**options)
+    first = builder.linear(builder.input("x", ["batch", "sequence", K]), K, hidden, "first", bias=bias)
+    second = builder.linear(middle(builder, first), arriving or hidden, 24, "second")
+    builder.output(second)
     return builder
 
 
@@ -132,6 +152,7 @@ def tiny_decoder(
     vocabulary: int = 160,
     cache: bool = True,
     bias: bool = False,
+    causal: bool = True,
     **options: Any,
 ) -> onnx.ModelProto:
     """A Llama-shaped decoder as optimum exports it (without rotary positions): ids in, logits and caches out."""
@@ -141,7 +162,7 @@ def tiny_decoder(
     mask = builder.input("attention_mask", ["batch_size", "past_sequence_length + sequence_length"], np.int64)
     table = builder.constant(builder.rng.standard_normal((vocabulary, hidden)), "embed_tokens.weight")
     x = builder.add("Gather", table, ids, name="/embed_tokens/Gather")
-    bias_mask = _causal_mask(builder, ids, mask)
+    bias_mask = _causal_mask(builder, ids, mask, causal)
     for layer in range(layers):
         name = f"/layers.{layer}"
         attended = _attention(builder, x, bias_mask, name, (hidden, heads, kv_heads, head_dim), layer, cache, bias)
@@ -162,8 +183,11 @@ def tiny_decoder(
     return builder.model()
 
 
-def _causal_mask(builder: GraphBuilder, ids: str, mask: str) -> str:
+def _causal_mask(builder: GraphBuilder, ids: str, mask: str, causal: bool) -> str:
     """0 where a token may look, -1e4 where not: (batch, 1, tokens, past + tokens)."""
+    real = builder.add("Unsqueeze", builder.cast(mask, np.bool_, "/real"), builder.integers(1, 2), name="/real_1")
+    if not causal:
+        return builder.add("Where", real, builder.constant(0.0), builder.constant(-1e4), name="/bias")
     tokens = builder.add(
         "Gather", builder.add("Shape", ids, name="/Shape"), builder.integers(1), name="/tokens", axis=0
     )
@@ -177,7 +201,6 @@ def _causal_mask(builder: GraphBuilder, ids: str, mask: str) -> str:
     past = builder.add("Sub", total, tokens, name="/past")
     rows = builder.add("Unsqueeze", builder.add("Add", rows, past, name="/rows_1"), builder.integers(1), name="/rows_2")
     visible = builder.add("LessOrEqual", columns, rows, name="/visible")
-    real = builder.add("Unsqueeze", builder.cast(mask, np.bool_, "/real"), builder.integers(1, 2), name="/real_1")
     allowed = builder.add("And", visible, real, name="/allowed")
     return builder.add("Where", allowed, builder.constant(0.0), builder.constant(-1e4), name="/bias")
 

@@ -22,22 +22,20 @@ SMALLEST_NOISE = np.float32(1e-30)
 
 def is_causal(session: Any, wanted: Signature) -> bool:
     """Whether a token's logits depend on the tokens before it alone: changing the last one changes no other."""
-    if wanted.logits is None or not wanted.vocabulary or wanted.sequence_length(4) != 4:
+    tokens = wanted.sequence_length(4)
+    if wanted.logits is None or not wanted.vocabulary or wanted.vocabulary < 2 or tokens < 2:
         return False
-    ids = np.array([[1, 2, 3, 4], [1, 2, 3, 5]], np.int64) % wanted.vocabulary
+    ids = np.zeros((wanted.batch_size(1), tokens), np.int64)
+    changed = ids.copy()
+    changed[:, -1] = 1
     try:
-        logits = [
-            runtime.run(session, [wanted.logits], token_feed(wanted, one[None] if wanted.batch_size(2) == 1 else ids))[
-                0
-            ]
-            for one in ids
-        ]
+        first, second = (runtime.run(session, [wanted.logits], token_feed(wanted, one))[0] for one in (ids, changed))
     except RuntimeFailedError:
         return False
-    first, second = (logits[0][0], logits[1][0]) if len(logits[0]) == 1 else (logits[0][0], logits[0][1])
-    if first.ndim != 2 or len(first) != 4:
+    if first.ndim != 3 or first.shape[1] != tokens:
         return False
-    return bool(np.allclose(first[:-1], second[:-1], rtol=1e-3, atol=1e-3) and not np.allclose(first[-1], second[-1]))
+    before_agree = np.allclose(first[:, :-1], second[:, :-1], rtol=1e-3, atol=1e-3)
+    return bool(before_agree and not np.allclose(first[:, -1], second[:, -1]))
 
 
 def generate(session: Any, wanted: Signature, samples: int, length: int, seed: int, advance: Advance) -> Tokens:
@@ -59,9 +57,8 @@ def generate(session: Any, wanted: Signature, samples: int, length: int, seed: i
 
 def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
     """How many sequences to write at once: as many as the budget for caches allows, in groups of one size."""
-    caches = [wanted.names[past] for past, _ in wanted.caches]
-    per_sequence = 2 * length * sum(one.dtype.itemsize * empty_cache(one, 1)[:, :, :0].size for one in caches)
-    per_sequence = 2 * length * sum(one.dtype.itemsize * (one.fixed(1) or 1) * (one.fixed(3) or 1) for one in caches)
+    caches = [empty_cache(wanted.names[past], 1) for past, _ in wanted.caches]
+    per_sequence = 2 * length * sum(one.itemsize * one.shape[1] * one.shape[3] for one in caches)
     most = max(1, CACHE_BUDGET_BYTES // per_sequence) if per_sequence else samples
     rounds = -(-samples // min(most, samples))
     return wanted.batch_size(-(-samples // rounds))

@@ -18,8 +18,10 @@ class Accumulator:
         self._tokens = 0
 
     def update(self, rows: NDArray[np.generic]) -> None:
-        """Add activations (T, K) of any float dtype."""
+        """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count."""
         x = np.ascontiguousarray(rows, dtype=np.float32)
+        if not np.isfinite(x).all():  # an overflow, or padding: such a row would spoil every sum
+            x = x[np.isfinite(x).all(axis=1)]
         if not x.size:
             return
         self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work

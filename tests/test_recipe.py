@@ -1,0 +1,100 @@
+"""Recipe: the settings of a run, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+
+from awq_onnx import Recipe
+from awq_onnx.errors import AwqOnnxError, RecipeError
+from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, help_of
+
+
+def test_the_defaults_need_no_decision_from_the_user() -> None:
+    assert Recipe().to_dict() == {
+        "block_size": 32,
+        "symmetric": False,
+        "accuracy_level": 4,
+        "samples": 32,
+        "sequence_length": 256,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("accuracy_level", ACCURACY_LEVELS)
+def test_every_offered_format_is_accepted(block_size: int, accuracy_level: int) -> None:
+    recipe = Recipe(block_size=block_size, accuracy_level=accuracy_level, symmetric=True)
+    assert (recipe.block_size, recipe.accuracy_level, recipe.symmetric) == (block_size, accuracy_level, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("samples", 1), ("samples", 65536), ("sequence_length", 2), ("sequence_length", 65536)]
+    + [("seed", 0), ("seed", 2**32 - 1)],
+)
+def test_the_ends_of_a_range_are_in_it(setting: str, value: int) -> None:
+    assert getattr(Recipe(**{setting: value}), setting) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("block_size", bad) for bad in (0, 8, 33, 512, -32, "32", None, 32.5)),
+        *(("symmetric", bad) for bad in ("yes", None, 2, [])),
+        *(("accuracy_level", bad) for bad in (1, 2, 3, 5, -1, "4", None)),
+        *(("samples", bad) for bad in (0, -1, 65537, 1.5, "8", None, True)),
+        *(("sequence_length", bad) for bad in (1, 0, -5, 65537, 2.5, "64", None, True)),
+        *(("seed", bad) for bad in (-1, 2**32, 0.5, "0", None, False)),
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_name_of_its_setting_and_the_value(setting: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"^{setting} is ") as caught:
+        Recipe(**{setting: value})
+    assert repr(value) in str(caught.value)
+    assert "must be" in str(caught.value)
+
+
+def test_a_recipe_error_is_a_value_error_and_an_error_of_this_package() -> None:
+    assert issubclass(RecipeError, ValueError)
+    assert issubclass(RecipeError, AwqOnnxError)
+    assert RecipeError.exit_code == 2
+
+
+def test_an_unknown_setting_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="group_size"):
+        Recipe(group_size=32)  # type: ignore[call-arg]
+
+
+def test_settings_are_given_by_name_only() -> None:
+    with pytest.raises(TypeError):
+        Recipe(32)  # type: ignore[misc]
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = Recipe()
+    with pytest.raises(FrozenInstanceError):
+        recipe.block_size = 64  # type: ignore[misc]
+
+
+def test_a_changed_copy_is_checked_too() -> None:
+    with pytest.raises(RecipeError, match="samples"):
+        replace(Recipe(), samples=0)
+
+
+def test_equal_recipes_are_equal_and_can_be_keys() -> None:
+    assert len({Recipe(), Recipe(block_size=32), Recipe(seed=1)}) == 2
+
+
+def test_to_dict_makes_the_same_recipe_again() -> None:
+    recipe = Recipe(block_size=128, symmetric=True, accuracy_level=0, samples=3, sequence_length=5, seed=7)
+    assert Recipe(**recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("setting", [one.name for one in fields(Recipe)])
+def test_every_setting_has_a_help_text_with_its_default(setting: str) -> None:
+    default = getattr(Recipe(), setting)
+    assert help_of(setting)
+    assert isinstance(default, bool) or f"(default {default})" in help_of(setting)
