@@ -190,7 +190,7 @@ def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
     (row,) = (one for one in report.matmul_reports([result]) if one.name == site.site.name)
     return {
         "awq_onnx.alpha": f"{row.alpha:g}",
-        "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason}",
+        "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason} ({row.blocked_by})",
         "awq_onnx.error": f"{row.error:.5f}",
         "awq_onnx.error_of_plain_rounding": f"{row.plain_error:.5f}",
     }

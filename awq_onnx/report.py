@@ -23,7 +23,7 @@ class MatMulReport:
     """One quantised MatMul.
 
     alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
-    node that is ("norm gain" or "MatMul"); None where there is none; reason: why. error, plain_error:
+    node that is ("norm gain" or "MatMul"). Where there is none, reason: why, blocked_by: what is in the way. error, plain_error:
     ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding (round-to-nearest) without a scale.
     """
 
@@ -34,6 +34,7 @@ class MatMulReport:
     folded_into: str | None
     fold: str | None
     reason: str | None
+    blocked_by: str | None
     error: float
     plain_error: float
 
@@ -81,8 +82,9 @@ class Report:
             ("Quantised", f"{len(self.matmuls)} MatMuls to 4 bits, {_format(self.recipe)}"),
             ("Scales", _scales(self.matmuls)),
         ]
-        rows += [("Left alone", text) for text in _grouped(self.kept)]
-        rows += [("Not scaled", text) for text in _grouped(_unscaled(self.matmuls))]
+        rows += [("Left alone", text) for text in _grouped((one.reason, one.what) for one in self.kept)]
+        unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None)
+        rows += [("Not scaled", text) for text in _grouped(unscaled)]
         if self.scaled_caches:
             rows.append(
                 (
@@ -110,6 +112,7 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
             folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
             fold=_kind(result.folded),
             reason=result.folded.reason if isinstance(result.folded, Refusal) else None,
+            blocked_by=result.folded.what if isinstance(result.folded, Refusal) else None,
             error=_relative(site.loss, site.energy),
             plain_error=_relative(site.plain_loss, site.energy),
         )
@@ -141,17 +144,13 @@ def _scales(matmuls: Iterable[MatMulReport]) -> str:
 _PLACES = {"norm gain": "norm gains", "MatMul": "the MatMul before"}
 
 
-def _unscaled(matmuls: Iterable[MatMulReport]) -> list[Refusal]:
-    return [Refusal(one.name, one.reason) for one in matmuls if one.reason is not None]
-
-
-def _grouped(refusals: Iterable[Refusal]) -> list[str]:
-    """One line for each reason, naming the first node it holds for."""
+def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for each reason, with how many nodes it holds for and the first of them."""
     by_reason: dict[str, list[str]] = {}
-    for refusal in refusals:
-        by_reason.setdefault(refusal.reason, []).append(refusal.what)
+    for reason, name in refused:
+        by_reason.setdefault(reason, []).append(name)
     return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} MatMuls, {names[0]} first: {reason}"
         for reason, names in by_reason.items()
     ]
 

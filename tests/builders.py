@@ -32,6 +32,7 @@ class GraphBuilder:
         return name
 
     def output(self, name: str, dims: list[int | str] | None = None, dtype: Any = None) -> str:
+        """An output of the model; without `dims` its shape is inferred."""
         self.outputs.append(helper.make_tensor_value_info(name, self.element_type(dtype), dims))
         return name
 
@@ -89,11 +90,20 @@ class GraphBuilder:
         graph = helper.make_graph(self.nodes, "tiny", self.inputs, self.outputs, self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
         model.producer_name = "builders"
+        _fill_output_shapes(model)
         onnx.checker.check_model(model)
         return model
 
     def element_type(self, dtype: Any = None) -> int:
         return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype or self.dtype)))
+
+
+def _fill_output_shapes(model: onnx.ModelProto) -> None:
+    if all(output.type.tensor_type.HasField("shape") for output in model.graph.output):
+        return
+    inferred = {output.name: output for output in onnx.shape_inference.infer_shapes(model).graph.output}
+    for output in model.graph.output:
+        output.CopyFrom(inferred[output.name])
 
 
 def norm_and_readers(*, K: int = 64, columns: tuple[int, ...] = (48, 32), **options: Any) -> GraphBuilder:

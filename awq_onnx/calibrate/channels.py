@@ -67,7 +67,7 @@ def _only(names: set[str], feed: Feed) -> Feed:
 
 def _decode(group: Group, runs: list[NDArray[np.generic]]) -> ChannelMap | Refusal:
     assert not isinstance(group.absorber, Refusal)
-    lost = Refusal(group.absorber.name, f"its channels do not all arrive at {group.input.name} one by one")
+    lost = Refusal(group.absorber.name, "its channels do not arrive at the input one by one")
     ones, *digits = (run.astype(np.float64).reshape(-1, run.shape[-1]) for run in runs)  # (T, K)
     if ones.shape[1] != group.K or not ones.size or not np.all(np.isfinite(ones)) or np.any(ones == 0):
         return lost

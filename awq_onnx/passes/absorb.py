@@ -122,7 +122,7 @@ def _group(value: ir.Value, readers: Sequence[Site], sites: Sites) -> Group:
         return Group(value, tuple(readers), other)
     found, moved = _walk(_Step(value), sites)
     if isinstance(found, Gain | Linear) and not moved and found.channels != readers[0].K:
-        found = Refusal(found.name, f"{found.name} has {found.channels} channels, its reader {readers[0].K}")
+        found = Refusal(found.name, f"what comes before has {found.channels} channels, the input {readers[0].K}")
     return Group(value, tuple(readers), found, moved)
 
 
@@ -130,12 +130,12 @@ def _other_reader(value: ir.Value, sites: Sequence[Site]) -> Refusal | None:
     """A reader of `value` that is no site of the group, and so would see x / s."""
     name = value.name or ""
     if value.is_graph_output():
-        return Refusal(name, f"{name} is an output of the model as well")
+        return Refusal(name, "the input is an output of the model as well")
     nodes = {site.node for site in sites}
     for use in value.uses():
         if (use.node in nodes and use.idx == 0) or use.node.op_type == "Shape":
             continue
-        return Refusal(node_name(use.node), f"{use.node.op_type} {node_name(use.node)} reads {name} too")
+        return Refusal(node_name(use.node), f"a {use.node.op_type} reads the same input")
     return None
 
 
@@ -143,18 +143,15 @@ def _walk(step: _Step, sites: Sites) -> tuple[Absorber | Refusal, bool]:
     """Walk back from step.value to an absorber: what was found, and whether channels may have moved."""
     node = step.value.producer()
     if node is None:
-        return Refusal(step.value.name or "", f"{step.value.name} is an input of the model"), step.moved
+        return Refusal(step.value.name or "", "the input is an input of the model"), step.moved
     if node in sites:
         return Linear(sites[node], step.bias, step.caches), step.moved
     if find_site(node) is not None:
-        reason = f"{node.op_type} {node_name(node)} before it is not quantised"
-        return Refusal(node_name(node), reason), step.moved
+        return Refusal(node_name(node), f"the {node.op_type} before it is not quantised"), step.moved
     gain = _gain_index(node)
     if gain is not None and step.bias is None:
         return Gain(node, gain), step.moved
-    refusal = Refusal(
-        node_name(node), f"{node.op_type} {node_name(node)} cannot be divided and does not pass a scale on"
-    )
+    refusal = Refusal(node_name(node), f"a {node.op_type} comes before, which cannot be divided")
     for back in _steps_back(node, step):
         outside = _reader_off_path(back.value, node)
         found, moved = (outside, step.moved) if outside else _walk(back, sites)
@@ -243,12 +240,12 @@ def _without_prefix(name: str) -> str:
 def _reader_off_path(value: ir.Value, reader: ir.Node) -> Refusal | None:
     """A reader of `value` beside `reader`, that would see it divided. Shapes and caches do not matter."""
     if value.is_graph_output() and not _is_cache_output(value):
-        return Refusal(value.name or "", f"{value.name} is an output of the model as well")
+        return Refusal(value.name or "", "what comes before is an output of the model as well")
     for use in value.uses():
         if use.node is not reader and use.node.op_type != "Shape":
-            return Refusal(node_name(use.node), f"{use.node.op_type} {node_name(use.node)} reads {value.name} too")
+            return Refusal(node_name(use.node), f"a {use.node.op_type} reads what comes before, too")
     if sum(use.node is reader for use in value.uses()) != 1:
-        return Refusal(node_name(reader), f"{reader.op_type} {node_name(reader)} reads {value.name} twice")
+        return Refusal(node_name(reader), f"a {reader.op_type} reads what comes before twice")
     return None
 
 

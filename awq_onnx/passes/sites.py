@@ -16,7 +16,10 @@ AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshap
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that is left as it is, and why: `what` names the node, `reason` completes "… because …"."""
+    """Something that is left as it is, and why.
+
+    what: the node or value in the way. reason: without names, so that equal reasons can be told together.
+    """
 
     what: str
     reason: str
