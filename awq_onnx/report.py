@@ -23,8 +23,9 @@ class MatMulReport:
     """One quantised MatMul.
 
     alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
-    node that is ("norm gain" or "MatMul"). Where there is none, reason: why, blocked_by: what is in the way. error, plain_error:
-    ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding (round-to-nearest) without a scale.
+    node that is ("norm gain" or "MatMul"). Where there is none, reason: why, blocked_by: what is in the way.
+    error, plain_error: ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding
+    (round-to-nearest) without a scale.
     """
 
     name: str

@@ -135,7 +135,7 @@ def _other_reader(value: ir.Value, sites: Sequence[Site]) -> Refusal | None:
     for use in value.uses():
         if (use.node in nodes and use.idx == 0) or use.node.op_type == "Shape":
             continue
-        return Refusal(node_name(use.node), f"a {use.node.op_type} reads the same input")
+        return Refusal(node_name(use.node), f"{use.node.op_type} reads the same input")
     return None
 
 
@@ -151,7 +151,7 @@ def _walk(step: _Step, sites: Sites) -> tuple[Absorber | Refusal, bool]:
     gain = _gain_index(node)
     if gain is not None and step.bias is None:
         return Gain(node, gain), step.moved
-    refusal = Refusal(node_name(node), f"a {node.op_type} comes before, which cannot be divided")
+    refusal = Refusal(node_name(node), f"{node.op_type} comes before, which cannot be divided")
     for back in _steps_back(node, step):
         outside = _reader_off_path(back.value, node)
         found, moved = (outside, step.moved) if outside else _walk(back, sites)
@@ -243,9 +243,9 @@ def _reader_off_path(value: ir.Value, reader: ir.Node) -> Refusal | None:
         return Refusal(value.name or "", "what comes before is an output of the model as well")
     for use in value.uses():
         if use.node is not reader and use.node.op_type != "Shape":
-            return Refusal(node_name(use.node), f"a {use.node.op_type} reads what comes before, too")
+            return Refusal(node_name(use.node), f"{use.node.op_type} reads what comes before, too")
     if sum(use.node is reader for use in value.uses()) != 1:
-        return Refusal(node_name(reader), f"a {reader.op_type} reads what comes before twice")
+        return Refusal(node_name(reader), f"{reader.op_type} reads what comes before twice")
     return None
 
 
