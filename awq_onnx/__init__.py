@@ -14,7 +14,7 @@ from awq_onnx import errors
 from awq_onnx._version import __version__
 
 if TYPE_CHECKING:
-    from awq_onnx.compare import Comparison, compare
+    from awq_onnx.comparison import Comparison, compare
     from awq_onnx.pipeline import quantize
     from awq_onnx.progress import Progress
     from awq_onnx.recipe import Recipe
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Progress", "Recipe", "Report", "__version__", "compare", "errors", "quantize"]
 
 _HOMES = {
-    "Comparison": "awq_onnx.compare",
+    "Comparison": "awq_onnx.comparison",
     "Progress": "awq_onnx.progress",
     "Recipe": "awq_onnx.recipe",
     "Report": "awq_onnx.report",
-    "compare": "awq_onnx.compare",
+    "compare": "awq_onnx.comparison",
     "quantize": "awq_onnx.pipeline",
 }
 
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value  # also in the place of a submodule of the same name
+    globals()[name] = value
     return value
 
 

@@ -18,7 +18,7 @@ from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, signature
 from awq_onnx.codec import Format
-from awq_onnx.compare import Comparison, compare_sessions
+from awq_onnx.comparison import Comparison, compare_sessions
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.meter import Meter

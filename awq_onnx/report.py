@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from awq_onnx._version import __version__
-from awq_onnx.compare import Comparison
+from awq_onnx.comparison import Comparison
 from awq_onnx.groups import GroupResult
 from awq_onnx.passes.absorb import Gain, Linear
 from awq_onnx.passes.sites import Refusal

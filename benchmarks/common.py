@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import pydoc_data.topics
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ def ort_rtn(model: Path, output: Path, block_size: int, accuracy_level: int) -> 
     """onnxruntime's own round-to-nearest, asymmetric, on the same MatMuls (all but the lm_head)."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)  # it tells every node
     quantizer = MatMulNBitsQuantizer(
         onnx.load(model),
         block_size=block_size,
