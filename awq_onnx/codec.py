@@ -63,12 +63,12 @@ def from_blocks(blocks: Float32, K: int) -> Float32:
 
 
 def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
-    """The nearest scales that `dtype` can hold, as float32.
+    """The nearest finite scales that `dtype` can hold, as float32.
 
     A scale that would be 0 (an all-zero block, or one too small for `dtype`) is 1: its codes are then 0.
     """
-    with np.errstate(over="ignore"):
-        rounded = scales.astype(dtype).astype(np.float32)
+    largest = np.finfo(np.dtype(dtype)).max
+    rounded = np.clip(scales, -largest, largest).astype(dtype).astype(np.float32)
     smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
     return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
 

@@ -79,7 +79,7 @@ def compare(
         if isinstance(calibration, np.ndarray):
             recipe = Recipe(samples=max(1, len(calibration)))
         loaded = data.load(opened, wanted, recipe, calibration, tokenizer, Silent())
-        windows = [window for feed in (*loaded.feeds, *loaded.held_out) for window in _one_by_one(feed)]
+        windows = [window for feed in loaded.all_feeds for window in _one_by_one(feed)]
         reference = runtime.session(opened.serialize(), opened.folder)
         return compare_sessions(reference, runtime.client_session(Path(quantized)), windows, wanted)
 
@@ -149,7 +149,8 @@ def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
     expected, actual = expected.reshape(-1, columns), actual.reshape(-1, columns)
     for start in range(0, len(expected), ROWS_AT_ONCE):  # logits are large, copies of all of them larger
         one = expected[start : start + ROWS_AT_ONCE].astype(np.float32)
-        error = actual[start : start + ROWS_AT_ONCE] - one
+        with np.errstate(invalid="ignore"):  # -inf - -inf
+            error = actual[start : start + ROWS_AT_ONCE] - one
         finite = np.isfinite(error)
         error, one = np.where(finite, error, 0), np.where(finite, one, 0)
         sums.error += float(np.vdot(error, error))
@@ -172,13 +173,13 @@ def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed) -> None
             kl_sum += float(kl_divergence(p, q).sum())
             sums.agreements += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
             if ids is not None:
-                _add_likelihood(sums, p, q, chosen, ids[sequence])
+                _add_likelihood(sums, p, q, chosen, ids[sequence], keep[sequence])
     sums.tokens += int(keep.sum())
     sums.kl.append(kl_sum / max(1, int(keep.sum())))
 
 
-def _add_likelihood(sums: _Sums, p: Rows, q: Rows, rows: NDArray[np.int64], ids: Rows) -> None:
-    followed = rows + 1 < len(ids)
+def _add_likelihood(sums: _Sums, p: Rows, q: Rows, rows: NDArray[np.int64], ids: Rows, real: NDArray[np.bool_]) -> None:
+    followed = np.append(real[1:], False)[rows]  # the last token, and what padding follows, predict nothing
     targets = ids[rows[followed] + 1]
     here = np.flatnonzero(followed)
     likelihood = np.array([p[here, targets].sum(), q[here, targets].sum()])

@@ -30,7 +30,7 @@ from awq_onnx.threads import map_columns
 ALPHAS = tuple(step / 20 for step in range(21))
 EIGENVECTORS = 8
 SHRINKS = (1.0, 0.9, 0.8, 0.7)
-ZERO_POINT_OFFSETS = (-1, 0, 1)
+ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
 SMALLEST_SCALE = 1e-4
 
 IntArray = NDArray[np.int64]

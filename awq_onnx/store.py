@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +46,13 @@ class OpenedModel:
     """A model whose large weights are references (`ir.ExternalTensor`) into files below `folder`.
 
     folder: an absolute path without links: onnxruntime refuses references that leave it. path: the file the user
-    named, None for a model in memory. size_bytes: graph and weights on disk.
+    named, None for a model in memory. files: that and its data files, without links. size_bytes: of all of them.
     """
 
     model: ir.Model
     folder: Path
     path: Path | None
+    files: frozenset[Path]
     size_bytes: int
     _maps: dict[Path, Array] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ def open_model(source: ModelSource) -> Iterator[OpenedModel]:
         path = Path(folder) / "model.onnx"
         _spill(source, path)
         opened = _open_file(path)
-        yield OpenedModel(opened.model, opened.folder, None, opened.size_bytes)
+        yield OpenedModel(opened.model, opened.folder, None, opened.files, opened.size_bytes)
 
 
 def _spill(source: Any, path: Path) -> None:
@@ -137,8 +138,8 @@ def _open_file(path: Path) -> OpenedModel:
         raise
     except Exception as error:  # protobuf and onnx_ir raise a dozen classes for broken files
         raise ModelFileError(f"{path} is not an ONNX model, or truncated: {' '.join(str(error).split())}") from error
-    folder, size_bytes = _locate_weights(model, path)
-    return OpenedModel(model, folder, path, size_bytes)
+    folder, sizes = _locate_weights(model, path)
+    return OpenedModel(model, folder, path, frozenset(sizes), sum(sizes.values()))
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -151,8 +152,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, int]:
-    """Make every reference relative to one folder without links, small ones plain values; the folder, the size."""
+def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, dict[Path, int]]:
+    """Make every reference relative to one folder without links, small ones plain values; the folder, the files."""
     references = [
         (value, value.const_value)
         for graph in model.graphs()
@@ -177,7 +178,7 @@ def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, int]:
         value.const_value = _reference(value.name or "", relative, offset, tensor, folder)
         if length < INLINE_BYTES:
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=tensor.dtype, name=value.name)
-    return folder, sum(sizes.values())
+    return folder, sizes
 
 
 def _reference(name: str, location: str, offset: int, like: ir.TensorProtocol, folder: Path) -> ir.ExternalTensor:
@@ -223,8 +224,9 @@ class OutputFiles:
         """Copy what `model` still refers to in the source, write the graph; the finished file in the work folder."""
         path = self._work / self.output.name
         with self._failures():
-            for value in model.graph.initializers.values():
-                value.const_value = self._moved(value)
+            for graph in model.graphs():
+                for value in graph.initializers.values():
+                    value.const_value = self._moved(value)
             self._data.flush()
             os.fsync(self._data.fileno())
             ir.save(model, path)
@@ -271,27 +273,21 @@ class OutputFiles:
         return self._data.tell()
 
     def _check(self, overwrite: bool) -> None:
-        data = self.output.with_name(self._data_name)
         if not self.output.parent.is_dir():
             raise OutputError(f"the folder {self.output.parent} for the output does not exist")
-        if self.output.is_dir():
-            raise OutputError(f"the output {self.output} is a folder; name the file to write in it")
-        sources = self._sources()
-        for path in (self.output, data):
-            if path.exists() and path.resolve() in sources:
+        for path in (self.output, self.output.with_name(self._data_name)):
+            if path.is_dir():
+                raise OutputError(f"{path} is a folder, where the output has to write a file; choose another name")
+            if path.exists() and path.resolve() in self._source.files:
                 raise OutputError(f"the output {path} belongs to the model that is read; choose another name")
             if path.exists() and not overwrite:
                 raise OutputError(f"{path} exists already; choose another name, or overwrite it with --force")
-
-    def _sources(self) -> set[Path]:
-        references: Mapping[str, ir.Value] = self._source.model.graph.initializers
-        tensors = [value.const_value for value in references.values()]
-        files = {Path(tensor.path).resolve() for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-        return files | ({self._source.path.resolve()} if self._source.path else set())
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"cannot write {self.output}: {error.strerror}; nothing was left behind") from error
+            raise OutputError(
+                f"cannot write {self.output}: {error.strerror}; no half-written model was left"
+            ) from error

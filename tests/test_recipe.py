@@ -32,8 +32,11 @@ def test_every_offered_format_is_accepted(block_size: int, accuracy_level: int) 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("samples", 1), ("samples", 65536), ("sequence_length", 2), ("sequence_length", 65536)]
-    + [("seed", 0), ("seed", 2**32 - 1)],
+    [
+        *(("samples", value) for value in (1, 65536)),
+        *(("sequence_length", value) for value in (2, 65536)),
+        *(("seed", value) for value in (0, 2**32 - 1)),
+    ],
 )
 def test_the_ends_of_a_range_are_in_it(setting: str, value: int) -> None:
     assert getattr(Recipe(**{setting: value}), setting) == value

@@ -31,11 +31,18 @@ HELD_OUT_SHARE = 16  # one sequence in so many is kept to measure the result wit
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """feeds: to calibrate with. held_out: to measure with, a sequence each. source: what they are, for people."""
+    """feeds: to calibrate with. held_out: to measure with, a sequence each; from `feeds` where nothing could be held
+    out. source: what they are, for people.
+    """
 
     feeds: tuple[Feed, ...]
     held_out: tuple[Feed, ...]
     source: str
+
+    @property
+    def all_feeds(self) -> tuple[Feed, ...]:
+        """Every sample once."""
+        return self.feeds + tuple(one for one in self.held_out if all(one is not other for other in self.feeds))
 
 
 def load(
@@ -50,26 +57,34 @@ def load(
     if calibration is None:
         return _self_made(opened, wanted, recipe, progress)
     progress.stage("Reading the calibration data")
+    arrays, what = _given(calibration, opened, wanted, recipe, tokenizer)
+    check_arrays(arrays, wanted)
     held_out = _held_out(recipe.samples)
-    if isinstance(calibration, str | os.PathLike):
-        path = Path(calibration)
-        if not path.is_file():
-            raise CalibrationError(f"the calibration file {path} does not exist")
-        source = path.name
-        if path.suffix in (".txt", ".jsonl"):
-            windows = _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)
-            return _split({TOKENS: windows}, wanted, held_out, f"{len(windows)} windows of {source}", progress)
-        arrays = _arrays(path, wanted)
-    elif isinstance(calibration, np.ndarray):
-        source, arrays = "the given array", {_only_name(wanted): calibration}
-    elif isinstance(calibration, Mapping):
-        source, arrays = "the given arrays", calibration
-    else:
-        windows = _windows_of_text(list(calibration), opened, wanted, recipe, tokenizer)
-        return _split({TOKENS: windows}, wanted, held_out, f"{len(windows)} windows of the given texts", progress)
-    samples = check_arrays(arrays, wanted)
     arrays = {name: values[: recipe.samples + held_out] for name, values in arrays.items()}
-    return _split(arrays, wanted, held_out, f"{min(samples, recipe.samples + held_out)} samples of {source}", progress)
+    return _split(arrays, wanted, held_out, what, progress)
+
+
+def _given(
+    calibration: str | os.PathLike[str] | Sequence[str] | NDArray[Any] | Arrays,
+    opened: OpenedModel,
+    wanted: Signature,
+    recipe: Recipe,
+    tokenizer: str | os.PathLike[str] | None,
+) -> tuple[Arrays, str]:
+    """The user's data as arrays, and what to call a sample of them."""
+    if isinstance(calibration, Mapping):
+        return calibration, "given samples"
+    if isinstance(calibration, np.ndarray):
+        return {_only_name(wanted): calibration}, "given samples"
+    if not isinstance(calibration, str | os.PathLike):
+        windows = _windows_of_text(list(calibration), opened, wanted, recipe, tokenizer)
+        return {TOKENS: windows}, "windows of the given texts"
+    path = Path(calibration)
+    if not path.is_file():
+        raise CalibrationError(f"the calibration file {path} does not exist")
+    if path.suffix in (".txt", ".jsonl"):
+        return {TOKENS: _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)}, f"windows of {path.name}"
+    return _arrays(path, wanted), f"samples of {path.name}"
 
 
 def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress: Progress) -> CalibrationData:
@@ -84,21 +99,22 @@ def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress:
                 "slowly. Text of your own (--calibration file.txt) would be faster."
             )
         ids = generate(session, wanted, samples, length, recipe.seed, progress.advance)
-        source = f"{len(ids)} sequences of {ids.shape[1]} tokens that the model wrote itself"
-        return _split({TOKENS: ids}, wanted, _held_out(recipe.samples), source, progress)
+        what = f"sequences of {ids.shape[1]} tokens that the model wrote itself"
+        return _split({TOKENS: ids}, wanted, _held_out(recipe.samples), what, progress)
     progress.note(
         "This is no language model that could write its own text: it is calibrated with random inputs. "
         "Inputs of your own (--calibration data.npz, or file.txt) give a better model."
     )
     made = random_tokens(wanted, samples, recipe.sequence_length, recipe.seed)
-    return CalibrationData(tuple(made[: recipe.samples]), tuple(made[recipe.samples :]), f"{samples} random inputs")
+    training, held_out = tuple(made[: recipe.samples]), tuple(made[recipe.samples :])
+    return CalibrationData(training, held_out, _described(len(training), "random inputs", len(held_out)))
 
 
 def _held_out(samples: int) -> int:
     return max(1, samples // HELD_OUT_SHARE)
 
 
-def _split(arrays: Arrays, wanted: Signature, held_out: int, source: str, progress: Progress) -> CalibrationData:
+def _split(arrays: Arrays, wanted: Signature, held_out: int, what: str, progress: Progress) -> CalibrationData:
     """Samples along axis 0: the last ones are held out, the others go into feeds of a few."""
     total = len(next(iter(arrays.values())))
     kept = max(total - held_out, total // 2, 1)
@@ -117,7 +133,12 @@ def _split(arrays: Arrays, wanted: Signature, held_out: int, source: str, progre
     training = batches(0, kept, step)
     if not training:
         raise CalibrationError(f"the model takes batches of {fixed}, the calibration data hold {total} samples")
-    return CalibrationData(training, batches(kept, total, fixed or 1) or training[-1:], source)
+    measuring = batches(kept, total, fixed or 1)
+    return CalibrationData(training, measuring or training[-1:], _described(kept, what, total - kept))
+
+
+def _described(samples: int, what: str, held_out: int) -> str:
+    return f"{samples} {what}" + (f", {held_out} more held out to measure with" if held_out else "")
 
 
 def _texts(path: Path) -> list[str]:
@@ -127,7 +148,7 @@ def _texts(path: Path) -> list[str]:
         raise CalibrationError(f"the calibration file {path} is not UTF-8 text (byte {error.start})") from error
     if path.suffix == ".txt":
         return [text]
-    return [_text_field(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_text_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _text_field(path: Path, number: int, line: str) -> str:

@@ -185,9 +185,9 @@ def with_head(
     vocabulary: int = 40,
     columns: int | None = None,
     logits: str = "logits",
-    after: Callable[[GraphBuilder, str], str] = lambda b, x: x,
+    after: Callable[[GraphBuilder, str], str] = lambda _, x: x,
 ) -> GraphBuilder:
-    """ids -> embedding (vocabulary, K) -> inner (K, vocabulary) -> wide (vocabulary, K) -> head -> `after` -> output."""
+    """ids -> embedding -> inner (K, vocabulary) -> wide (vocabulary, K) -> head -> `after` -> an output."""
     builder = GraphBuilder()
     table = builder.constant(np.ones((vocabulary, K)), "table")
     x = builder.add("Gather", table, builder.input("ids", ["batch", "sequence"], np.int64))
@@ -269,8 +269,7 @@ def test_matmul_nbits_is_found_as_quantised() -> None:
     builder = GraphBuilder()
     packed, scales = builder.constant(np.zeros((N, 1, 8)), dtype=np.uint8), builder.constant(np.ones((N, 1)))
     x = builder.input("x", ["rows", K])
-    attributes = {"K": K, "N": N, "bits": 4, "block_size": 16, "domain": "com.microsoft"}
-    node = helper.make_node("MatMulNBits", [x, packed, scales], ["y"], name="quantised", **attributes)
+    node = helper.make_node("MatMulNBits", [x, packed, scales], ["y"], name="quantised", domain="com.microsoft")
     builder.nodes.append(node)
     builder.output("y")
     graph = helper.make_graph(builder.nodes, "g", builder.inputs, builder.outputs, builder.initializers)
@@ -303,3 +302,16 @@ def test_an_activation_that_is_dequantised_is_not() -> None:
 
 def test_a_plain_model_holds_nothing_quantised() -> None:
     assert quantized_nodes(graph_of(norm_and_readers())) == []
+
+
+def test_an_input_of_one_dimension_is_refused() -> None:
+    builder = GraphBuilder()
+    builder.output(builder.add("MatMul", builder.input("x", [K]), builder.weight(K, N), name="layer"))
+    assert only_refusal(builder) == Refusal("layer", "its input has one dimension, MatMulNBits wants two or more")
+
+
+def test_a_product_of_two_constants_is_no_site() -> None:
+    builder = GraphBuilder()
+    folded = builder.add("MatMul", builder.weight(K, K), builder.weight(K, N))
+    builder.output(builder.add("Add", folded, builder.input("x", [K, N])))
+    assert surveyed(builder) == Survey((), ())

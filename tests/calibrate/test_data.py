@@ -1,0 +1,438 @@
+"""Calibration data of every kind, and a clear sentence for everything that is none."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builders import Array, norm_and_readers, save, tiny_decoder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from awq_onnx.calibrate import data
+from awq_onnx.calibrate.data import Calibration, CalibrationData
+from awq_onnx.calibrate.feeds import Feed, signature
+from awq_onnx.errors import CalibrationError, MissingPackageError
+from awq_onnx.recipe import Recipe
+from awq_onnx.store import open_model
+
+VOCABULARY = 160
+RECIPE = Recipe(samples=8, sequence_length=4)  # and one more sequence is held out
+WORDS = [f"word{number}" for number in range(VOCABULARY)]
+TEXT = " ".join(WORDS)  # token ids 0, 1, 2 … 159
+
+
+class Listener:
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def stage(self, title: str) -> None:
+        pass
+
+    def advance(self, fraction: float) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def write_tokenizer(path: Path, words: Sequence[str] = WORDS) -> Path:
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder() -> onnx.ModelProto:
+    return tiny_decoder(layers=1)
+
+
+@pytest.fixture
+def model(tmp_path: Path, decoder: onnx.ModelProto) -> Path:
+    """A decoder with its tokenizer beside it."""
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return save(decoder, tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def floats(tmp_path: Path) -> Path:
+    """A model without tokens: x (batch, sequence, 64)."""
+    return save(norm_and_readers().model(), tmp_path / "floats.onnx")
+
+
+def load(
+    model: Path | onnx.ModelProto,
+    calibration: Calibration,
+    recipe: Recipe = RECIPE,
+    tokenizer: Path | None = None,
+    progress: Listener | None = None,
+) -> CalibrationData:
+    with open_model(model) as opened:
+        wanted = signature(opened.model.graph)
+        return data.load(opened, wanted, recipe, calibration, tokenizer, progress or Listener())
+
+
+def sequences(feeds: Sequence[Feed], name: str = "input_ids") -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for feed in feeds for row in feed[name]]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Text
+
+
+def test_a_text_file_becomes_windows_of_its_tokens(model: Path, tmp_path: Path) -> None:
+    loaded = load(model, written(tmp_path / "text.txt", TEXT))
+    windows = sequences([*loaded.feeds, *loaded.held_out])
+    assert len(windows) == 9
+    assert all(window == tuple(range(window[0], window[0] + 4)) for window in windows)
+    assert loaded.source == "8 windows of text.txt, 1 more held out to measure with"
+
+
+def test_the_windows_are_spread_over_the_whole_text(model: Path, tmp_path: Path) -> None:
+    loaded = load(model, written(tmp_path / "text.txt", TEXT))
+    starts = [window[0] for window in sequences([*loaded.feeds, *loaded.held_out])]
+    assert (starts[0], starts[-1]) == (0, 156)
+
+
+def test_held_out_windows_are_not_calibrated_with(model: Path, tmp_path: Path) -> None:
+    loaded = load(model, written(tmp_path / "text.txt", TEXT))
+    calibrated, held_out = set(sequences(loaded.feeds)), set(sequences(loaded.held_out))
+    assert (len(calibrated), len(held_out)) == (8, 1)
+    assert not calibrated & held_out
+
+
+def test_a_feed_holds_every_input_of_the_model(model: Path, tmp_path: Path) -> None:
+    loaded = load(model, written(tmp_path / "text.txt", TEXT))
+    for feed in (*loaded.feeds, *loaded.held_out):
+        assert set(feed) == {"input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"}
+        assert feed["past_key_values.0.key"].shape == (len(feed["input_ids"]), 2, 0, 16)
+    assert [len(feed["input_ids"]) for feed in loaded.held_out] == [1]
+
+
+def test_lines_of_json_are_joined_and_blank_ones_skipped(model: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": " ".join(WORDS[start : start + 3]), "id": start}) for start in range(0, 36, 3)]
+    path = written(tmp_path / "text.jsonl", "\n\n".join(lines))
+    loaded = load(model, path)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == [tuple(range(at, at + 4)) for at in range(0, 36, 4)]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085"])
+def test_a_line_of_json_ends_at_its_newline_only(model: Path, tmp_path: Path, separator: str) -> None:
+    """JSON strings may hold the other characters that Python's splitlines takes for line ends."""
+    line = json.dumps({"text": f"word1{separator}word2 word3"}, ensure_ascii=False)
+    assert sequences(load(model, written(tmp_path / "text.jsonl", f"{line}\r\n")).feeds) == [(1, 2, 3)]
+
+
+def test_a_list_of_texts_is_taken(model: Path) -> None:
+    loaded = load(model, [TEXT, TEXT])
+    assert len(sequences(loaded.feeds)) == 8
+    assert loaded.source == "8 windows of the given texts, 1 more held out to measure with"
+
+
+def test_a_short_text_is_one_window_and_the_user_is_told(model: Path) -> None:
+    listener = Listener()
+    loaded = load(model, ["word3 word1 word4"], progress=listener)
+    assert sequences(loaded.feeds) == sequences(loaded.held_out) == [(3, 1, 4)]
+    assert any("measured on the sample it was made with" in note for note in listener.notes)
+
+
+def test_no_special_tokens_are_added(model: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="word99 $A", special_tokens=[("word99", 99)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert sequences(load(model, ["word3 word1 word4"]).feeds) == [(3, 1, 4)]
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_in_the_folder_above_is_found(decoder: onnx.ModelProto, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    write_tokenizer(tmp_path / "tokenizer.json")
+    path = save(decoder, tmp_path / "onnx" / "model.onnx")
+    assert len(sequences(load(path, [TEXT]).feeds)) == 8
+
+
+@pytest.mark.parametrize("named", ["folder", "folder/tokenizer.json"])
+def test_a_tokenizer_that_is_named_wins(model: Path, tmp_path: Path, named: str) -> None:
+    (tmp_path / "folder").mkdir()
+    write_tokenizer(tmp_path / "folder" / "tokenizer.json", WORDS[::-1])
+    loaded = load(model, ["word159 word158 word157"], tokenizer=tmp_path / named)
+    assert sequences(loaded.feeds) == [(0, 1, 2)]
+
+
+def test_a_missing_tokenizer_is_told(decoder: onnx.ModelProto, tmp_path: Path) -> None:
+    path = save(decoder, tmp_path / "model.onnx")
+    with pytest.raises(CalibrationError, match=r"no tokenizer\.json beside the model; name its folder with --tok"):
+        load(path, [TEXT])
+
+
+def test_a_model_in_memory_has_no_tokenizer_beside_it(decoder: onnx.ModelProto) -> None:
+    with pytest.raises(CalibrationError, match="no tokenizer"):
+        load(decoder, [TEXT])
+
+
+def test_a_named_folder_without_a_tokenizer_is_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match=r"no tokenizer\.json in .*empty"):
+        load(model, [TEXT], tokenizer=tmp_path / "empty")
+
+
+def test_a_broken_tokenizer_is_told(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"broken\.json is no tokenizer"):
+        load(model, [TEXT], tokenizer=written(tmp_path / "broken.json", "{}"))
+
+
+def test_without_the_package_the_user_is_told_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'awq-onnx\[hf\]'"):
+        load(model, [TEXT])
+
+
+# Arrays
+
+IDS = np.arange(10 * 4).reshape(10, 4)
+
+
+def saved_npy(folder: Path, values: Array) -> Path:
+    np.save(folder / "data.npy", values)
+    return folder / "data.npy"
+
+
+def saved_npz(folder: Path, **arrays: Any) -> Path:
+    np.savez(folder / "data.npz", **arrays)
+    return folder / "data.npz"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda _: IDS, id="array"),
+        pytest.param(lambda _: {"input_ids": IDS}, id="mapping"),
+        pytest.param(lambda folder: saved_npy(folder, IDS.astype(np.int32)), id="npy"),
+        pytest.param(lambda folder: str(saved_npz(folder, input_ids=IDS)), id="npz"),
+    ],
+)
+def test_token_ids_are_taken_as(model: Path, tmp_path: Path, given: Callable[[Path], Calibration]) -> None:
+    loaded = load(model, given(tmp_path))
+    assert sequences(loaded.feeds) == [tuple(row) for row in IDS[:8].tolist()]
+    assert sequences(loaded.held_out) == [tuple(IDS[8].tolist())]
+    assert loaded.source.startswith("8 ")
+
+
+def test_a_mask_that_comes_along_is_used(model: Path) -> None:
+    mask = np.ones_like(IDS)
+    mask[:, 3] = 0
+    loaded = load(model, {"input_ids": IDS, "attention_mask": mask})
+    assert set(sequences(loaded.feeds, "attention_mask")) == {(1, 1, 1, 0)}
+
+
+def test_floats_are_taken_for_the_only_input(floats: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((10, 3, 64))
+    loaded = load(floats, x)
+    assert sum(len(feed["x"]) for feed in loaded.feeds) == 8
+    assert loaded.feeds[0]["x"].dtype == np.float32
+    np.testing.assert_array_equal(loaded.held_out[0]["x"], x[8:9].astype(np.float32))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_of_few_samples_at_most_half_are_held_out(model: Path, samples: int) -> None:
+    loaded = load(model, IDS[:samples], Recipe(samples=64, sequence_length=4))
+    assert len(sequences(loaded.held_out)) in range(1, samples // 2 + 2)
+    assert sequences(loaded.feeds) + sequences(loaded.held_out) == [tuple(row) for row in IDS[:samples].tolist()]
+
+
+def test_feeds_are_as_large_as_a_fixed_batch(tmp_path: Path) -> None:
+    model = tiny_decoder(layers=1)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    loaded = load(save(model, tmp_path / "model.onnx"), IDS)
+    assert {len(feed["input_ids"]) for feed in (*loaded.feeds, *loaded.held_out)} == {3}
+
+
+def test_fewer_samples_than_a_fixed_batch_are_told(tmp_path: Path) -> None:
+    model = tiny_decoder(layers=1)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    with pytest.raises(CalibrationError, match="batches of 8, the calibration data hold 4 samples"):
+        load(save(model, tmp_path / "model.onnx"), IDS[:4])
+
+
+# What the model makes itself
+
+
+def test_without_data_a_language_model_writes(decoder: onnx.ModelProto) -> None:
+    loaded = load(decoder, None)
+    assert len(sequences(loaded.feeds)) == 8
+    assert len(sequences(loaded.held_out)) == 1
+    assert loaded.source == "8 sequences of 4 tokens that the model wrote itself, 1 more held out to measure with"
+
+
+def test_without_data_other_models_get_random_inputs_and_the_user_is_told(floats: Path) -> None:
+    listener = Listener()
+    loaded = load(floats, None, progress=listener)
+    assert (len(loaded.feeds), len(loaded.held_out)) == (8, 1)
+    assert loaded.feeds[0]["x"].shape == (1, 4, 64)
+    assert any("random inputs" in note for note in listener.notes)
+
+
+def test_an_encoder_gets_random_tokens() -> None:
+    loaded = load(tiny_decoder(layers=1, causal=False), None)
+    assert loaded.source == "8 random inputs, 1 more held out to measure with"
+
+
+# What is refused
+
+GivenBy = Callable[[Path], Calibration]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param(lambda folder: folder / "no.txt", "no.txt does not exist", id="missing file"),
+        pytest.param(lambda folder: folder, "does not exist", id="folder"),
+        pytest.param(lambda folder: written(folder / "data.csv", "1,2"), "none of .txt, .jsonl, .npz, .npy", id="csv"),
+        pytest.param(lambda folder: written(folder / "a.txt", ""), "has 0 tokens", id="empty text"),
+        pytest.param(lambda _: [], "has 0 tokens", id="no texts"),
+        pytest.param(lambda folder: not_utf8(folder / "a.txt"), "is not UTF-8 text (byte 2)", id="not UTF-8"),
+        pytest.param(
+            lambda folder: written(folder / "a.jsonl", '{"text": "word1"}\n\n{"text": '),
+            "line 3 of",
+            id="broken json",
+        ),
+        pytest.param(lambda folder: written(folder / "a.jsonl", '{"body": "word1"}'), "line 1 of", id="no text field"),
+        pytest.param(lambda folder: written(folder / "a.jsonl", '{"text": 5}'), 'a string "text"', id="text a number"),
+        pytest.param(lambda folder: written(folder / "a.jsonl", '["word1"]'), "line 1 of", id="no object"),
+        pytest.param(lambda _: {"ids": IDS}, "hold ids, which is no input of the model; its inputs: input_ids", id="?"),
+        pytest.param(lambda _: IDS[0], "calibration array input_ids is 4, the model wants batch_size x", id="rank 1"),
+        pytest.param(lambda _: IDS[None], "is 1 x 10 x 4, the model wants", id="rank 3"),
+        pytest.param(lambda _: np.array(3), "hold no sample", id="a number"),
+        pytest.param(lambda _: IDS[:0], "hold no sample", id="no sample"),
+        pytest.param(lambda _: IDS * 1.0, "is float64, the model wants int64", id="float ids"),
+        pytest.param(lambda _: IDS > 3, "is bool, the model wants int64", id="bool ids"),
+        pytest.param(lambda _: IDS.astype(str), "the model wants int64", id="strings"),
+        pytest.param(lambda _: IDS + 121, "run from 121 to 160, the model knows 0 to 159", id="above the vocabulary"),
+        pytest.param(lambda _: IDS - 1, "run from -1 to", id="below the vocabulary"),
+        pytest.param(
+            lambda _: {"input_ids": IDS, "attention_mask": IDS[:9]}, "differ in their number of samples", id="counts"
+        ),
+        pytest.param(
+            lambda _: {"input_ids": IDS, "attention_mask": IDS[:, :3]}, "they must agree", id="lengths of mask and ids"
+        ),
+        pytest.param(lambda _: {"attention_mask": IDS}, "input input_ids", id="mask alone"),
+        pytest.param(lambda _: {}, "hold no array", id="no array"),
+        pytest.param(lambda folder: saved_npz(folder), "hold no array", id="empty archive"),
+        pytest.param(lambda folder: pickled(folder / "a.npy"), "cannot be read", id="pickled npy"),
+        pytest.param(lambda folder: pickled_inside(folder / "a.npz"), "cannot be read", id="pickled in npz"),
+        pytest.param(lambda folder: written(folder / "a.npy", "no array"), "cannot be read", id="no npy"),
+        pytest.param(lambda folder: written(folder / "a.npz", "no archive"), "cannot be read", id="no npz"),
+        pytest.param(lambda folder: written(folder / "a.npy", ""), "cannot be read", id="empty npy"),
+        pytest.param(lambda folder: truncated(saved_npz(folder, input_ids=IDS)), "cannot be read", id="truncated npz"),
+        pytest.param(lambda folder: damaged(folder / "a.npz"), "cannot be read", id="damaged npz"),
+        pytest.param(lambda folder: renamed(saved_npy(folder, IDS), ".npz"), "cannot be read", id="npy called npz"),
+        pytest.param(
+            lambda folder: renamed(saved_npz(folder, input_ids=IDS), ".npy"), "cannot be read", id="npz called npy"
+        ),
+        pytest.param(
+            lambda folder: written(folder / "a.jsonl", r'{"text": "word1 \ud800 word2"}'),
+            "line 1",
+            id="half a character",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(model: Path, tmp_path: Path, given: GivenBy, message: str) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        load(model, given(tmp_path))
+    assert message in str(caught.value)
+
+
+def not_utf8(path: Path) -> Path:
+    path.write_bytes(b"a \xff b")
+    return path
+
+
+def pickled(path: Path) -> Path:
+    np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
+    return path
+
+
+def pickled_inside(path: Path) -> Path:
+    np.savez(path, input_ids=np.array([{"a": 1}], object))
+    return path
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-30])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    """A compressed array that begins with a block of a kind that does not exist."""
+    np.savez_compressed(path, input_ids=IDS)
+    content = bytearray(path.read_bytes())
+    name_length, extra_length = struct.unpack_from("<HH", content, 26)
+    content[30 + name_length + extra_length] = 0b111
+    path.write_bytes(content)
+    return path
+
+
+def renamed(path: Path, suffix: str) -> Path:
+    return path.rename(path.with_suffix(suffix))
+
+
+def test_text_for_a_model_without_tokens_is_refused(floats: Path) -> None:
+    with pytest.raises(CalibrationError, match="has no input input_ids, so text cannot calibrate it"):
+        load(floats, [TEXT])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_inf_are_refused(floats: Path, bad: float) -> None:
+    x = np.zeros((4, 3, 64), np.float32)
+    x[2, 1, 7] = bad
+    with pytest.raises(CalibrationError, match="x holds NaN or Inf"):
+        load(floats, {"x": x})
+
+
+def test_another_width_is_refused(floats: Path) -> None:
+    with pytest.raises(CalibrationError, match="x is 4 x 3 x 32, the model wants batch x sequence x 64"):
+        load(floats, np.zeros((4, 3, 32), np.float32))
+
+
+def test_one_array_for_a_model_with_two_inputs_is_refused(tmp_path: Path) -> None:
+    builder = norm_and_readers()
+    builder.output(builder.add("Relu", builder.input("z", ["batch", 4])))
+    path = save(builder.model(), tmp_path / "two.onnx")
+    with pytest.raises(CalibrationError, match=r"give an \.npz with x, z"):
+        load(path, np.zeros((4, 3, 64), np.float32))
+
+
+def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    larger = write_tokenizer(tmp_path / "larger.json", [*WORDS, *(f"more{number}" for number in range(50))])
+    with pytest.raises(CalibrationError, match="is it the right tokenizer"):
+        load(model, ["more1 more2 more3 more4"], tokenizer=larger)
+
+
+def test_a_text_that_is_shorter_than_a_fixed_length_is_refused(tmp_path: Path) -> None:
+    model = tiny_decoder(layers=1, cache=False)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = 12
+    write_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(CalibrationError, match="has 3 tokens; the model needs at least 12"):
+        load(save(model, tmp_path / "model.onnx"), ["word3 word1 word4"])

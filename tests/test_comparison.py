@@ -1,0 +1,222 @@
+"""What the comparison counts, on numbers small enough to check by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import norm_and_readers, save, tiny_decoder
+from numpy.typing import NDArray
+
+from awq_onnx.calibrate.feeds import Input, Signature
+from awq_onnx.comparison import Comparison, compare, compare_sessions, kl_divergence
+from awq_onnx.errors import CalibrationError
+
+Array = NDArray[Any]
+
+LANGUAGE_MODEL = Signature(
+    inputs=tuple(Input(name, np.dtype(np.int64), ("B", "T")) for name in ("input_ids", "attention_mask")),
+    outputs=("logits",),
+    caches=(),
+    vocabulary=4,
+)
+ENCODER = Signature((Input("x", np.dtype(np.float32), ("B", 2)),), ("y", "present"), (("past", "present"),), None)
+
+
+class Answers:
+    """A session that answers every run with the next of its outputs."""
+
+    def __init__(self, *outputs: Any) -> None:
+        self._outputs = iter(np.asarray(output, np.float32) for output in outputs)
+
+    def run(self, outputs: list[str], feed: dict[str, Array]) -> list[Array]:
+        assert len(outputs) == 1, "caches are not compared"
+        assert feed
+        return [next(self._outputs)]
+
+
+def window(ids: list[int], mask: list[int] | None = None) -> dict[str, Array]:
+    return {"input_ids": np.array([ids]), "attention_mask": np.array([mask or [1] * len(ids)])}
+
+
+def compared(original: Any, quantized: Any, *windows: dict[str, Array]) -> Comparison:
+    """The comparison of two language models that answer with these logits, one array (1, T, V) for each window."""
+    return compare_sessions(Answers(*original), Answers(*quantized), windows, LANGUAGE_MODEL)
+
+
+def log(*probabilities: float) -> list[float]:
+    with np.errstate(divide="ignore"):
+        return [float(one) for one in np.log(np.array(probabilities))]
+
+
+def random_logits(seed: int, T: int = 5) -> Array:
+    return np.random.default_rng(seed).standard_normal((1, T, 4))
+
+
+# Divergence
+
+
+def test_kl_is_what_its_definition_says() -> None:
+    p = np.random.default_rng(0).dirichlet(np.ones(6), size=4)
+    q = np.random.default_rng(1).dirichlet(np.ones(6), size=4)
+    expected = [sum(p[t, v] * np.log(p[t, v] / q[t, v]) for v in range(6)) for t in range(4)]
+    np.testing.assert_allclose(kl_divergence(np.log(p), np.log(q)), expected, rtol=1e-12)
+
+
+def test_kl_of_a_distribution_with_itself_is_zero() -> None:
+    log_p = np.log(np.random.default_rng(0).dirichlet(np.ones(6), size=4))
+    assert (kl_divergence(log_p, log_p) == 0).all()
+
+
+def test_tokens_that_are_impossible_add_nothing() -> None:
+    log_p, log_q = np.array([log(0.5, 0.5, 0)]), np.array([log(0.25, 0.75, 0)])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    np.testing.assert_allclose(kl_divergence(log_p, log_q), [expected], rtol=1e-12)
+    np.testing.assert_allclose(kl_divergence(log_p, np.array([log(0.25, 0.5, 0.25)])), [0.5 * np.log(2)], rtol=1e-12)
+
+
+def test_calling_a_possible_token_impossible_is_infinitely_wrong() -> None:
+    assert kl_divergence(np.array([log(0.5, 0.5)]), np.array([log(1, 0)])).tolist() == [np.inf]
+
+
+# Language models
+
+
+def test_a_model_agrees_with_itself() -> None:
+    logits = random_logits(0)
+    result = compared([logits], [logits], window([0, 1, 2, 3, 0]))
+    assert (result.kl_mean, result.kl_median, result.top1, result.relative_error) == (0, 0, 1, 0)
+    assert result.perplexity_original == result.perplexity_quantized
+    assert (result.tokens, result.windows, result.kl_se) == (5, 1, None)
+
+
+def test_every_number_is_what_it_is_by_hand() -> None:
+    original = [[log(0.5, 0.25, 0.125, 0.125), log(0.125, 0.5, 0.25, 0.125), log(0.25, 0.25, 0.25, 0.25)]]
+    quantized = [[log(0.25, 0.5, 0.125, 0.125), log(0.125, 0.5, 0.25, 0.125), log(0.25, 0.25, 0.25, 0.25)]]
+    result = compared([original], [quantized], window([3, 1, 2]))
+    assert result.kl_mean == pytest.approx((0.5 * np.log(2) + 0.25 * np.log(0.5)) / 3, rel=1e-5)
+    assert result.top1 == pytest.approx(2 / 3)
+    assert result.perplexity_original == pytest.approx((0.25 * 0.25) ** -0.5, rel=1e-5)  # of tokens 1 and 2
+    assert result.perplexity_quantized == pytest.approx((0.5 * 0.25) ** -0.5, rel=1e-5)
+    assert result.relative_error == pytest.approx(
+        np.linalg.norm(np.subtract(original, quantized)) / np.linalg.norm(original), rel=1e-5
+    )
+
+
+def test_a_constant_added_to_all_logits_changes_the_error_but_no_probability() -> None:
+    logits = random_logits(0)
+    result = compared([logits], [logits + 3], window([0, 1, 2, 3, 0]))
+    assert result.kl_mean == pytest.approx(0, abs=1e-6)
+    assert result.relative_error > 1
+
+
+def test_windows_are_summarised_by_mean_median_and_standard_error() -> None:
+    original = [random_logits(seed) for seed in range(3)]
+    quantized = [logits + random_logits(seed + 9) / 9 for seed, logits in enumerate(original)]
+    ids = [0, 1, 2, 3, 0]
+    apart = [compared([one], [other], window(ids)).kl_mean for one, other in zip(original, quantized, strict=True)]
+    result = compared(original, quantized, *[window(ids)] * 3)
+    assert result.kl_windows == pytest.approx(apart)
+    assert result.kl_mean == pytest.approx(np.mean(apart))
+    assert result.kl_median == pytest.approx(np.median(apart))
+    assert result.kl_se == pytest.approx(np.std(apart, ddof=1) / np.sqrt(3))
+    assert result.tokens == 15
+
+
+@pytest.mark.parametrize("T", [16, 17, 40])
+def test_long_windows_are_counted_whole(T: int) -> None:
+    original, quantized = random_logits(0, T), random_logits(1, T)
+    ids = [token % 4 for token in range(T)]
+    result = compared([original], [quantized], window(ids))
+    log_p, log_q = (x[0] - np.log(np.exp(x[0]).sum(axis=1, keepdims=True)) for x in (original, quantized))
+    assert result.kl_mean == pytest.approx(kl_divergence(log_p, log_q).mean(), rel=1e-5)
+    targets = log_q[np.arange(T - 1), ids[1:]]
+    assert result.perplexity_quantized == pytest.approx(np.exp(-targets.mean()), rel=1e-5)
+    assert result.tokens == T
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_tokens_do_not_count(side: str) -> None:
+    """Their logits mean nothing, and no token has to predict them."""
+    original, quantized = random_logits(0), random_logits(1)
+    ids = [0, 1, 2, 3, 0]
+    alone = compared([original], [quantized], window(ids))
+
+    def padded(logits: Array, seed: int) -> Array:
+        padding = random_logits(seed, 3) * 5
+        return np.concatenate([padding, logits] if side == "left" else [logits, padding], axis=1)
+
+    mask = [0] * 3 + [1] * 5 if side == "left" else [1] * 5 + [0] * 3
+    padded_ids = [3] * 3 + ids if side == "left" else ids + [3] * 3
+    result = compared([padded(original, 2)], [padded(quantized, 3)], window(padded_ids, mask))
+    assert (result.kl_mean, result.top1, result.tokens) == (alone.kl_mean, alone.top1, alone.tokens)
+    assert result.perplexity_original == pytest.approx(alone.perplexity_original, rel=1e-9)
+    assert result.perplexity_quantized == pytest.approx(alone.perplexity_quantized, rel=1e-9)
+
+
+def test_logits_of_minus_infinity_count_for_nothing() -> None:
+    original, quantized = random_logits(0), random_logits(1)
+    original[..., 3] = quantized[..., 3] = -np.inf
+    result = compared([original], [quantized], window([0, 1, 2, 1, 0]))
+    without = compared([original[..., :3]], [quantized[..., :3]], window([0, 1, 2, 1, 0]))
+    assert result.kl_mean == pytest.approx(without.kl_mean)
+    assert result.relative_error == pytest.approx(without.relative_error)
+    assert result.perplexity_original == pytest.approx(without.perplexity_original)
+
+
+def test_different_shapes_are_no_comparison() -> None:
+    with pytest.raises(CalibrationError, match="different shapes"):
+        compared([random_logits(0, 5)], [random_logits(0, 4)], window([0, 1, 2, 3, 0]))
+
+
+# Other models
+
+
+def test_a_model_without_logits_has_a_relative_error_alone() -> None:
+    feed = {"x": np.zeros((1, 2), np.float32)}
+    result = compare_sessions(Answers([[[3, 0], [0, 4]]]), Answers([[[3, 0], [0, 3]]]), [feed], ENCODER)
+    assert result.relative_error == pytest.approx(0.2)
+    assert (result.kl_mean, result.top1, result.perplexity_original, result.kl_windows) == (None, None, None, ())
+    assert (result.tokens, result.windows) == (2, 1)
+
+
+def test_outputs_of_zero_have_no_error() -> None:
+    feed = {"x": np.zeros((1, 2), np.float32)}
+    assert compare_sessions(Answers([[0, 0]]), Answers([[0, 0]]), [feed], ENCODER).relative_error == 0
+
+
+# Files
+
+
+def test_a_decoder_compared_with_itself_in_onnxruntime(tmp_path: Path) -> None:
+    path = save(tiny_decoder(layers=1), tmp_path / "model.onnx")
+    ids = np.random.default_rng(0).integers(0, 160, (5, 12))
+    result = compare(path, path, ids)
+    assert (result.kl_mean, result.top1, result.relative_error) == (0, 1, 0)
+    assert (result.windows, result.tokens) == (5, 60)
+    assert result.to_dict()["top1"] == 1
+
+
+def test_one_sequence_is_one_window(tmp_path: Path) -> None:
+    path = save(tiny_decoder(layers=1), tmp_path / "model.onnx")
+    result = compare(path, path, np.arange(12)[None])
+    assert (result.windows, result.tokens, result.kl_se) == (1, 12, None)
+
+
+def test_two_different_decoders_disagree(tmp_path: Path) -> None:
+    one = save(tiny_decoder(layers=1), tmp_path / "one.onnx")
+    other = save(tiny_decoder(layers=1, seed=1), tmp_path / "other.onnx")
+    result = compare(one, other, np.random.default_rng(0).integers(0, 160, (3, 8)))
+    assert result.kl_mean is not None
+    assert result.kl_mean > 0.1
+    assert result.top1 is not None
+    assert result.top1 < 0.5
+
+
+def test_an_encoder_compared_with_itself_in_onnxruntime(tmp_path: Path) -> None:
+    path = save(norm_and_readers().model(), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((4, 3, 64)).astype(np.float32)
+    result = compare(path, path, {"x": x})
+    assert (result.relative_error, result.kl_mean, result.windows, result.tokens) == (0, None, 4, 12)
