@@ -7,6 +7,9 @@ understood, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import io
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from awq_onnx._version import __version__
-from awq_onnx.errors import AwqOnnxError, RecipeError
+from awq_onnx.errors import AwqOnnxError, InternalError, RecipeError
 from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, Recipe, help_of
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from awq_onnx.report import Report
 
 INTERRUPTED = 130
+TRACEBACK = "AWQ_ONNX_TRACEBACK"  # in the environment: show the traceback of a fault of ours
 
 EPILOG = """\
 examples:
@@ -45,15 +49,27 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)  # leave nothing behind then either
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # what it warns of is refused in words of our own
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
     try:
         _quantize(arguments)
     except AwqOnnxError as error:
-        print(f"awq-onnx: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("awq-onnx: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _fail("interrupted; nothing was written", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _fail(f"a fault of awq-onnx: {what}; please report it ({TRACEBACK}=1 shows where)", InternalError.exit_code)
     sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"awq-onnx: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:
@@ -185,7 +201,7 @@ class Display:
 
     def stage(self, title: str) -> None:
         if self._bar is None:
-            self._console.print(f"{title} ...", highlight=False)
+            self._console.print(f"{title} ...", highlight=False, soft_wrap=True)
             return
         self._finish_task()
         self._task = self._bar.add_task(title, total=1.0)
@@ -195,7 +211,7 @@ class Display:
             self._bar.advance(self._task, fraction)
 
     def note(self, line: str) -> None:
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _finish_task(self) -> None:
         """A stage that ended shows as full, whether or not it told its progress."""

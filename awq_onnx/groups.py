@@ -53,10 +53,14 @@ class GroupResult:
 
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
-    """Raise WeightError where a weight holds NaN or Inf: before any time is spent on calibration."""
+    """Raise WeightError where a weight holds NaN, or one to be quantised Inf: before time is spent on calibration."""
     for site in sites:
         if not np.isfinite(opened.read(site.tensor)).all():
             raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
+    for value in opened.model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and np.isnan(opened.read(tensor)).any():
+            raise WeightError(f"the weight {value.name} holds NaN; the model is broken, export it again")
     opened.let_go()
 
 

@@ -136,8 +136,8 @@ def _calibrate_and_search(
 
 def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
     traced = skeleton.traced(plan.groups)
-    first = {name: values[:1] for name, values in calibration_data.feeds[0].items()}
-    return dict(zip(traced, channels.trace(opened.model, opened.folder, traced, first), strict=True))
+    feed = calibration_data.held_out[0]  # the smallest that is valid
+    return dict(zip(traced, channels.trace(opened.model, opened.folder, traced, feed), strict=True))
 
 
 def _edit(model: ir.Model, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
@@ -187,7 +187,7 @@ def _packed(site: SiteResult, divisor: codec.Float32 | None, files: OutputFiles)
 
 def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
     """What Netron shows of a node."""
-    (row,) = (one for one in report.matmul_reports([result]) if one.name == site.site.name)
+    row = report.matmul_report(result, site)
     return {
         "awq_onnx.alpha": f"{row.alpha:g}",
         "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason} ({row.blocked_by})",

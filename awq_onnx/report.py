@@ -12,7 +12,7 @@ import numpy as np
 
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
-from awq_onnx.groups import GroupResult
+from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.passes.absorb import Gain, Linear
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.recipe import Recipe
@@ -104,21 +104,23 @@ class Report:
 
 def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     """A row for each MatMul, in graph order."""
-    return tuple(
-        MatMulReport(
-            name=site.site.name,
-            K=site.site.K,
-            N=site.site.N,
-            alpha=result.choice.alpha,
-            folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
-            fold=_kind(result.folded),
-            reason=result.folded.reason if isinstance(result.folded, Refusal) else None,
-            blocked_by=result.folded.what if isinstance(result.folded, Refusal) else None,
-            error=_relative(site.loss, site.energy),
-            plain_error=_relative(site.plain_loss, site.energy),
-        )
-        for result in results
-        for site in result.sites
+    return tuple(matmul_report(result, site) for result in results for site in result.sites)
+
+
+def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
+    """The row of one MatMul of a group."""
+    refusal = result.folded if isinstance(result.folded, Refusal) else None
+    return MatMulReport(
+        name=site.site.name,
+        K=site.site.K,
+        N=site.site.N,
+        alpha=result.choice.alpha,
+        folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
+        fold=_kind(result.folded),
+        reason=refusal.reason if refusal else None,
+        blocked_by=refusal.what if refusal else None,
+        error=_relative(site.loss, site.energy),
+        plain_error=_relative(site.plain_loss, site.energy),
     )
 
 
@@ -164,7 +166,7 @@ def _layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
 def _output_error(comparison: Comparison) -> str:
     if comparison.kl_mean is None:
         return f"{comparison.relative_error:.4f} relative, over {comparison.windows} held-out samples"
-    error = f" ± {comparison.kl_se:.3f}" if comparison.kl_se is not None else ""
+    error = f" +-{comparison.kl_se:.3f}" if comparison.kl_se is not None else ""
     return (
         f"KL {comparison.kl_mean:.3f}{error} nats per token, same next token {comparison.top1:.1%} "
         f"({comparison.tokens} held-out tokens)"

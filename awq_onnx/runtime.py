@@ -60,7 +60,7 @@ def first_line(error: Exception) -> str:
 
 def _options() -> Any:
     options = onnxruntime().SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well, warnings would tear the progress display
+    options.log_severity_level = 4  # errors are raised as well; logged, they would tear the progress display
     options.enable_cpu_mem_arena = False  # the arena never gives memory back
     return options
 

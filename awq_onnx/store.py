@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,24 +121,23 @@ def _from_graphsurgeon(source: Any) -> onnx.ModelProto:
 
 
 def _open_file(path: Path) -> OpenedModel:
-    if not path.exists():
-        raise ModelFileError(f"{path} does not exist")
-    if not path.is_file():
-        raise ModelFileError(
-            f"{path} is a folder; name the .onnx file in it" if path.is_dir() else f"{path} is no file"
-        )
     try:
+        if not path.exists():
+            raise ModelFileError(f"{path} does not exist")
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no file"
+            raise ModelFileError(f"{path} is {kind}; name the .onnx file that holds the graph")
         proto = _parse(path)
         if not proto.HasField("graph"):
             raise ModelFileError(f"{path} is not an ONNX model: it holds no graph")
         model = ir.from_proto(proto)
+        folder, sizes = _locate_weights(model, path)
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error
     except ModelFileError:
         raise
     except Exception as error:  # protobuf and onnx_ir raise a dozen classes for broken files
         raise ModelFileError(f"{path} is not an ONNX model, or truncated: {' '.join(str(error).split())}") from error
-    folder, sizes = _locate_weights(model, path)
     return OpenedModel(model, folder, path, frozenset(sizes), sum(sizes.values()))
 
 
@@ -154,12 +153,11 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, dict[Path, int]]:
     """Make every reference relative to one folder without links, small ones plain values; the folder, the files."""
-    references = [
-        (value, value.const_value)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    for value in values:
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+            _check_length(value.const_value)
+    references = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
     files = {str(tensor.location): (path.parent / tensor.location).resolve() for _, tensor in references}
     for location, file in files.items():
         if not file.is_file():
@@ -181,6 +179,12 @@ def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, dict[Path, int]]
     return folder, sizes
 
 
+def _check_length(tensor: ir.TensorProtocol) -> None:
+    """Raise ValueError where a tensor inside the graph has fewer bytes than its shape needs."""
+    if tensor.dtype != ir.DataType.STRING and len(tensor.tobytes()) != tensor.nbytes:
+        raise ValueError(f"tensor {tensor.name} does not have the bytes that its shape needs")
+
+
 def _reference(name: str, location: str, offset: int, like: ir.TensorProtocol, folder: Path) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         location, offset, like.nbytes, like.dtype, shape=ir.Shape(like.shape.numpy()), name=name, base_dir=str(folder)
@@ -197,7 +201,8 @@ class OutputFiles:
         self.output = output
         self._data_name = f"{output.name}.data"
         self._source = source
-        self._check(overwrite)
+        with self._failures():
+            self._check(overwrite)
 
     def __enter__(self) -> OutputFiles:
         with self._failures():
@@ -233,14 +238,30 @@ class OutputFiles:
         return path
 
     def publish(self) -> int:
-        """Rename both files into place; their size in bytes."""
-        data = self.output.with_name(self._data_name)
+        """Rename both files into place; their size in bytes. Whatever interrupts that, the old output comes back."""
+        names = (self._data_name, self.output.name)  # the graph last: with it the output is there
+        replaced = self._work / "replaced"
         with self._failures():
             self._data.close()
-            self.output.unlink(missing_ok=True)  # first, so that no old graph ever meets new data
-            (self._work / self._data_name).rename(data)
-            (self._work / self.output.name).rename(self.output)
-            return self.output.stat().st_size + data.stat().st_size
+            replaced.mkdir()
+            try:
+                for name in reversed(names):
+                    if (self.output.parent / name).exists():
+                        (self.output.parent / name).rename(replaced / name)
+                for name in names:
+                    (self._work / name).rename(self.output.parent / name)
+            except BaseException:
+                self._take_back(names, replaced)
+                raise
+            return sum((self.output.parent / name).stat().st_size for name in names)
+
+    def _take_back(self, names: Sequence[str], replaced: Path) -> None:
+        for name in names:
+            place = self.output.parent / name
+            if (replaced / name).exists():
+                (replaced / name).replace(place)
+            elif not (self._work / name).exists():  # the new one was put in place already, over nothing
+                place.unlink(missing_ok=True)
 
     def _moved(self, value: ir.Value) -> ir.TensorProtocol | None:
         tensor = value.const_value

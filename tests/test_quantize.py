@@ -394,7 +394,7 @@ def test_an_ir_model_in_memory_is_not_changed(tmp_path: Path) -> None:
 
 def test_something_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.ModelError, match="list"):
-        awq_onnx.quantize([1, 2], tmp_path / "out.onnx")  # type: ignore[arg-type]
+        awq_onnx.quantize([1, 2], tmp_path / "out.onnx")
 
 
 def test_paths_may_be_strings(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def tokenizer(folder: Path) -> Path:
 
 def test_calibration_with_an_array_of_ids(tmp_path: Path) -> None:
     report, _ = quantized(tiny_decoder(), tmp_path, calibration=np.tile(IDS, (3, 1)))
-    assert report.calibration == "5 samples of the given array"
+    assert report.calibration == "4 given samples, 1 more held out to measure with"
 
 
 def test_calibration_with_arrays_by_name_leaves_padding_out(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_calibration_with_arrays_by_name_leaves_padding_out(tmp_path: Path) -> N
 def test_calibration_with_texts_finds_the_tokenizer_beside_the_model(tmp_path: Path) -> None:
     tokenizer(tmp_path)
     report, _ = quantized(tiny_decoder(), tmp_path, calibration=["the small model writes its own text"] * 20)
-    assert report.calibration == "5 windows of the given texts"
+    assert report.calibration == "4 windows of the given texts, 1 more held out to measure with"
 
 
 def test_calibration_with_texts_and_a_named_tokenizer(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_a_model_that_is_no_language_model_gets_random_inputs_and_says_so(tmp_pa
     model = norm_and_readers().model()
     report, output = quantized(model, tmp_path, progress=listener)
     assert "random inputs" in listener.notes[0]
-    assert report.calibration == "5 random inputs"
+    assert report.calibration == "4 random inputs, 1 more held out to measure with"
     assert report.comparison.kl_mean is None
     assert 0 < report.comparison.relative_error < 0.2
     x = np.random.default_rng(1).standard_normal((1, 5, 64), np.float32)
@@ -533,7 +533,7 @@ def test_a_decoder_without_a_cache_writes_its_own_text_and_says_that_it_is_slow(
     recipe = Recipe(samples=2, sequence_length=80)
     report, output = quantized(tiny_decoder(cache=False), tmp_path, recipe, progress=listener)
     assert "no key/value cache" in listener.notes[0]
-    assert report.calibration == "3 sequences of 64 tokens that the model wrote itself"
+    assert report.calibration == "2 sequences of 64 tokens that the model wrote itself, 1 more held out to measure with"
     assert report.scaled_caches == 0
     assert np.isfinite(run(output, {"input_ids": IDS, "attention_mask": np.ones_like(IDS)})["logits"]).all()
 

@@ -73,7 +73,7 @@ def test_an_unknown_setting_is_a_type_error() -> None:
 
 def test_settings_are_given_by_name_only() -> None:
     with pytest.raises(TypeError):
-        Recipe(32)  # type: ignore[misc]
+        Recipe(32)  # type: ignore[call-arg]
 
 
 def test_a_recipe_cannot_be_changed() -> None:

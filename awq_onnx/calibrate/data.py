@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +74,25 @@ def _given(
 ) -> tuple[Arrays, str]:
     """The user's data as arrays, and what to call a sample of them."""
     if isinstance(calibration, Mapping):
-        return calibration, "given samples"
+        return {name: np.asarray(values) for name, values in calibration.items()}, "given samples"
     if isinstance(calibration, np.ndarray):
         return {_only_name(wanted): calibration}, "given samples"
     if not isinstance(calibration, str | os.PathLike):
+        if not all(isinstance(text, str) for text in calibration):
+            raise CalibrationError("calibration is none of: a path, texts, token ids as an array, arrays by input name")
         windows = _windows_of_text(list(calibration), opened, wanted, recipe, tokenizer)
         return {TOKENS: windows}, "windows of the given texts"
     path = Path(calibration)
-    if not path.is_file():
-        raise CalibrationError(f"the calibration file {path} does not exist")
-    if path.suffix in (".txt", ".jsonl"):
-        return {TOKENS: _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)}, f"windows of {path.name}"
-    return _arrays(path, wanted), f"samples of {path.name}"
+    try:
+        if not path.is_file():
+            raise CalibrationError(f"the calibration file {path} does not exist")
+        if path.suffix in (".txt", ".jsonl"):
+            return {
+                TOKENS: _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)
+            }, f"windows of {path.name}"
+        return _arrays(path, wanted), f"samples of {path.name}"
+    except OSError as error:
+        raise CalibrationError(f"the calibration file {path} cannot be read: {error.strerror}") from error
 
 
 def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress: Progress) -> CalibrationData:
@@ -154,7 +162,8 @@ def _texts(path: Path) -> list[str]:
 def _text_field(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+        text.encode()  # JSON can hold halves of characters, tokenizers cannot read them
+    except (ValueError, KeyError, TypeError, AttributeError):
         text = None
     if not isinstance(text, str):
         raise CalibrationError(f'line {number} of {path} is not a JSON object with a string "text"')
@@ -211,9 +220,12 @@ def _arrays(path: Path, wanted: Signature) -> Arrays:
     if path.suffix not in (".npz", ".npy"):
         raise CalibrationError(f"the calibration file {path} is none of .txt, .jsonl, .npz, .npy")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return {_only_name(wanted): loaded} if path.suffix == ".npy" else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {_only_name(wanted): loaded}
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(f"the calibration file {path} cannot be read: {error}") from error
 
 
@@ -235,14 +247,16 @@ def check_arrays(arrays: Arrays, wanted: Signature) -> int:
     if len(set(lengths.values())) != 1:
         raise CalibrationError(f"the calibration arrays differ in their number of samples: {lengths}")
     samples = next(iter(lengths.values()))
-    if not samples:
-        raise CalibrationError("the calibration arrays hold no sample")
+    if any(not values.ndim or not values.size for values in arrays.values()):
+        raise CalibrationError("the calibration arrays hold no sample, or samples of no token")
     for name, values in arrays.items():
         _check_array(name, values, wanted)
     if TOKENS in arrays:
         _check_ids(arrays[TOKENS], wanted)
     if MASK in arrays and TOKENS in arrays and arrays[MASK].shape != arrays[TOKENS].shape:
         raise CalibrationError(f"{MASK} is {arrays[MASK].shape}, {TOKENS} {arrays[TOKENS].shape}; they must agree")
+    if MASK in arrays and not arrays[MASK].any(axis=-1).all():
+        raise CalibrationError(f"a sample has an {MASK} of zeros alone: it holds no token")
     return samples
 
 

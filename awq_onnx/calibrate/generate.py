@@ -48,11 +48,9 @@ def generate(session: Any, wanted: Signature, samples: int, length: int, seed: i
     if not wanted.caches:
         length = min(length, LENGTH_WITHOUT_CACHE)
     batch = _side_by_side(wanted, samples, length)
-    groups = [
-        write(session, wanted, min(batch, samples - start), length, rng, lambda f, n=batch: advance(f * n / samples))  # type: ignore[misc]
-        for start in range(0, samples, batch)
-    ]
-    return np.concatenate(groups)
+    rounds = -(-samples // batch)
+    written = [write(session, wanted, batch, length, rng, lambda part: advance(part / rounds)) for _ in range(rounds)]
+    return np.concatenate(written)[:samples]
 
 
 def _side_by_side(wanted: Signature, samples: int, length: int) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
 from awq_onnx.calibrate.statistics import Accumulator
+from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.sites import constant
 from awq_onnx.progress import unheard
@@ -75,7 +76,17 @@ def _run_part(
         for name in part.dead_after:
             alive.pop(name, None)
         advance()
-    return [(group, accumulator.finish()) for group, accumulator in sums]
+    return [(group, _finished(group, accumulator)) for group, accumulator in sums]
+
+
+def _finished(group: Group, accumulator: Accumulator) -> InputStatistics:
+    statistics = accumulator.finish()
+    if not statistics.tokens or not np.isfinite(statistics.second_moment).all():
+        raise CalibrationError(
+            f"the input of {group.name} is NaN, Inf or beyond fp32 on all of the calibration data; "
+            "the model, or the data, cannot be right"
+        )
+    return statistics
 
 
 def _rows(activation: NDArray[np.generic], alive: Feed) -> NDArray[np.generic]:
@@ -141,7 +152,7 @@ def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
     wanted = {group.input.name for group in groups}
     needed = []
     for node in reversed(list(graph)):
-        if node.op_type != "Constant" and any(output.name in wanted for output in node.outputs):
+        if any(output.name in wanted and constant(output) is None for output in node.outputs):
             needed.append(node)
             wanted.update(reads(node))
     return needed[::-1]
@@ -149,23 +160,35 @@ def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
 
 def reads(node: ir.Node) -> list[str]:
     """The names of the values a node reads that are no constants, those that its subgraphs take along included."""
-    values = [value for value in node.inputs if value is not None]
+    return [value.name or "" for value in _values_read(node) if constant(value) is None]
+
+
+def _values_read(node: ir.Node) -> list[ir.Value]:
+    return [value for value in [*node.inputs, *_captured(node)] if value is not None]
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The bodies of an If or Loop, and the bodies in them."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            values.extend(_captured(attribute.as_graph()))
+            bodies = [attribute.as_graph()]
         elif attribute.type == ir.AttributeType.GRAPHS:
-            values.extend(value for graph in attribute.as_graphs() for value in _captured(graph))
-    return [value.name or "" for value in values if constant(value) is None]
+            bodies = list(attribute.as_graphs())
+        else:
+            continue
+        for body in bodies:
+            yield body
+            for inner in body:
+                yield from _subgraphs(inner)
 
 
-def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        for value in node.inputs:
-            if value is not None and value.graph is not graph:
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """The values of the graph around `node` that its bodies read or return."""
+    bodies = list(_subgraphs(node))
+    for body in bodies:
+        for value in [*(value for inner in body for value in inner.inputs), *body.outputs]:
+            if value is not None and value.graph not in bodies:
                 yield value
-    for value in graph.outputs:
-        if value.graph is not graph:
-            yield value
 
 
 def _weight_bytes(node: ir.Node) -> int:
@@ -178,8 +201,7 @@ def extract(model: ir.Model, part: Part, alive: Feed) -> onnx.ModelProto:
     nodes = [ir.to_proto(node) for node in part.nodes]
     constants: dict[str, ir.Value] = {}
     for node in part.nodes:
-        for value in _constants(node):
-            constants[value.name or ""] = value
+        constants.update((v.name or "", v) for v in _values_read(node) if constant(v) is not None)
     graph = onnx.helper.make_graph(
         [*(ir.to_proto(node) for node in _constant_nodes(constants.values())), *nodes],
         "part",
@@ -193,14 +215,6 @@ def extract(model: ir.Model, part: Part, alive: Feed) -> onnx.ModelProto:
         functions=[ir.to_proto(function) for function in model.functions.values()],
         ir_version=model.ir_version,
     )
-
-
-def _constants(node: ir.Node) -> Iterator[ir.Value]:
-    subgraphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-    subgraphs += [g for a in node.attributes.values() if a.type == ir.AttributeType.GRAPHS for g in a.as_graphs()]
-    for value in [*node.inputs, *(value for graph in subgraphs for value in _captured(graph))]:
-        if value is not None and constant(value) is not None:
-            yield value
 
 
 def _constant_nodes(values: Iterable[ir.Value]) -> list[ir.Node]:

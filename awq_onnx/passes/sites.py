@@ -29,20 +29,17 @@ class Refusal:
 class Site:
     """One MatMul(x, W) whose W (K, N) is constant.
 
-    tensor: the initializer W comes from, `transposed` where the file holds it as (N, K).
-    dtype: of x, so of the scales too.
+    name: of the node, kept here since a rewrite takes the names of its values away. tensor: the initializer W comes
+    from, `transposed` where the file holds it as (N, K). dtype: of x, so of the scales too.
     """
 
     node: ir.Node
+    name: str
     tensor: ir.TensorProtocol
     transposed: bool
     dtype: ir.DataType
     K: int
     N: int
-
-    @property
-    def name(self) -> str:
-        return node_name(self.node)
 
     @property
     def input(self) -> ir.Value:
@@ -111,7 +108,7 @@ def find_site(node: ir.Node) -> Site | Refusal | None:
         return Refusal(node_name(node), reason)
     rows, columns = tensor.shape.numpy()
     K, N = (columns, rows) if transposed else (rows, columns)
-    return Site(node, tensor, transposed, dtype, K, N)
+    return Site(node, node_name(node), tensor, transposed, dtype, K, N)
 
 
 def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> str | None:
@@ -156,9 +153,9 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value.is_initializer():
         return None if value.is_graph_input() else value.const_value
     node = value.producer()
-    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+    if node is None or node.op_type != "Constant" or "sparse_value" in node.attributes:
         return None
-    return node.attributes["value"].as_tensor()
+    return ir.convenience.get_const_tensor(value)
 
 
 def _embedding_rows(graph: ir.Graph) -> set[int]:

@@ -9,7 +9,7 @@ does not depend on the drive, times drive[n]. That tells n. No weight is read: i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -98,7 +98,17 @@ def _integers(name: str, values: list[int]) -> onnx.NodeProto:
 
 
 def _drop_unread_weights(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in node.input}
+    read = set(_names_read(graph))
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _names_read(graph: onnx.GraphProto) -> Iterator[str]:
+    """What the nodes of a graph read, and those of the bodies in it."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for body in [attribute.g, *attribute.graphs]:
+                yield from _names_read(body)
+    yield from (value.name for value in graph.output)
