@@ -26,16 +26,18 @@ def onnxruntime() -> ModuleType:
     return checked
 
 
-def session(model: bytes | Path, folder: Path | None = None) -> Any:
+def session(model: bytes, folder: Path, *, fuse: bool = True) -> Any:
     """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
 
-    model: a file, or a serialised ModelProto whose external data lie in `folder` (no links, see `store`).
-    Nothing is prepacked: that would copy every weight.
+    model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
+    onnxruntime may merge nodes, which changes the last bits of what they compute. Nothing is prepacked: that would
+    copy every weight.
     """
     options = _options()
+    if not fuse:
+        options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _create(model, options)
 
 

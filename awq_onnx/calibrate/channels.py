@@ -62,7 +62,8 @@ def _ones(size: int) -> ChannelMap:
 
 def _digit(position: int, size: int) -> ChannelMap:
     """One digit of each channel's number, plus 1."""
-    return np.arange(size) // BASE**position % BASE + 1
+    digit: ChannelMap = np.arange(size) // BASE**position % BASE + 1
+    return digit
 
 
 def _scattered(size: int) -> ChannelMap:

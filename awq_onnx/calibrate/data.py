@@ -239,16 +239,15 @@ def _only_name(wanted: Signature) -> str:
     raise CalibrationError(f"one array does not tell which input it is for; give an .npz with {names}")
 
 
-def check_arrays(arrays: Arrays, wanted: Signature) -> int:
-    """The number of samples; raises CalibrationError where an array does not fit its input."""
+def check_arrays(arrays: Arrays, wanted: Signature) -> None:
+    """Raise CalibrationError where an array does not fit its input."""
     if not arrays:
         raise CalibrationError("the calibration data hold no array")
-    lengths = {name: len(values) if values.ndim else 0 for name, values in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise CalibrationError(f"the calibration arrays differ in their number of samples: {lengths}")
-    samples = next(iter(lengths.values()))
     if any(not values.ndim or not values.size for values in arrays.values()):
         raise CalibrationError("the calibration arrays hold no sample, or samples of no token")
+    lengths = {name: len(values) for name, values in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise CalibrationError(f"the calibration arrays differ in their number of samples: {lengths}")
     for name, values in arrays.items():
         _check_array(name, values, wanted)
     if TOKENS in arrays:
@@ -257,7 +256,6 @@ def check_arrays(arrays: Arrays, wanted: Signature) -> int:
         raise CalibrationError(f"{MASK} is {arrays[MASK].shape}, {TOKENS} {arrays[TOKENS].shape}; they must agree")
     if MASK in arrays and not arrays[MASK].any(axis=-1).all():
         raise CalibrationError(f"a sample has an {MASK} of zeros alone: it holds no token")
-    return samples
 
 
 def _check_array(name: str, values: NDArray[Any], wanted: Signature) -> None:

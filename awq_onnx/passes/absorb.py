@@ -164,11 +164,12 @@ def _walk(step: _Step, sites: Sites) -> tuple[Absorber | Refusal, bool]:
 def _gain_index(node: ir.Node) -> int | None:
     if node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
         return None
-    for index, value in enumerate(node.inputs):
-        tensor = constant(value)
-        if tensor is not None and tensor.size > 1 and tensor.size == tensor.shape.numpy()[-1]:
-            return index
-    return None
+    return next((index for index, value in enumerate(node.inputs) if _is_vector(constant(value))), None)
+
+
+def _is_vector(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether a constant has one number for each channel: (K,), (1, K), ..."""
+    return tensor is not None and tensor.size > 1 and tensor.size == tensor.shape.numpy()[-1]
 
 
 def _steps_back(node: ir.Node, step: _Step) -> Sequence[_Step]:
@@ -207,9 +208,11 @@ def _back_through_add(node: ir.Node, step: _Step) -> Sequence[_Step]:
     if step.bias is not None:
         return ()
     for index in (0, 1):
-        tensor, other = constant(node.inputs[index]), node.inputs[1 - index]
+        other = node.inputs[1 - index]
         maker = other.producer() if other is not None else None
-        if tensor is not None and other is not None and maker is not None and find_site(maker) is not None:
+        if not _is_vector(constant(node.inputs[index])) or other is None or maker is None:
+            continue
+        if find_site(maker) is not None:
             return (_Step(other, (node, index), step.caches, step.moved),)
     return ()
 

@@ -26,9 +26,9 @@ class PackedWeight:
 
 def weight_names(sites: Sequence[Site]) -> dict[Site, str]:
     """What the packed tensors of each site are called, before their suffix: its node's name where that is unique."""
-    counts = Counter(site.node.name for site in sites)
+    taken = Counter(name for site in sites for name in {site.node.name, site.output.name})
     return {
-        site: site.node.name if site.node.name and counts[site.node.name] == 1 else site.output.name or ""
+        site: site.node.name if site.node.name and taken[site.node.name] == 1 else site.output.name or ""
         for site in sites
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from awq_onnx.progress import unheard
 
 
 def running(model: onnx.ModelProto) -> tuple[Any, Signature]:
-    return runtime.session(model.SerializeToString()), signature(ir.from_proto(model).graph)
+    return runtime.session(model.SerializeToString(), Path()), signature(ir.from_proto(model).graph)
 
 
 def written(model: onnx.ModelProto, *, samples: int = 3, length: int = 12, seed: int = 0) -> Array:
