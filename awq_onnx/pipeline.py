@@ -16,7 +16,7 @@ from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data, segments
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
-from awq_onnx.calibrate.feeds import Signature, signature
+from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_sessions
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError
@@ -136,7 +136,7 @@ def _calibrate_and_search(
 
 def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
     traced = skeleton.traced(plan.groups)
-    feed = calibration_data.held_out[0]  # the smallest that is valid
+    feed = shortened(calibration_data.held_out[0], signature(opened.model.graph))
     return dict(zip(traced, channels.trace(opened.model, opened.folder, traced, feed), strict=True))
 
 
@@ -208,7 +208,7 @@ def _measure(
     progress.stage("Measuring the result")
     quantized = runtime.client_session(finished)
     return compare_sessions(
-        runtime.session(original, folder), quantized, calibration_data.held_out, wanted, progress.advance
+        runtime.session(original, folder, fuse=False), quantized, calibration_data.held_out, wanted, progress.advance
     )
 
 

@@ -31,6 +31,7 @@ ALPHAS = tuple(step / 20 for step in range(21))
 EIGENVECTORS = 8
 SHRINKS = (1.0, 0.9, 0.8, 0.7)
 ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
+POLISHES = 2
 SMALLEST_SCALE = 1e-4
 
 IntArray = NDArray[np.int64]
@@ -247,7 +248,7 @@ def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
 
     h: what an error on each row costs, (G, b, 1); for s W it is diag(H) / s^2. From every pair of a shrunk range
     and a shifted integer zero point: round, take the scale that is the weighted least-squares fit to these
-    integers, round again. The best of all is kept.
+    integers. The best of all is rounded and fitted again, `POLISHES` times; neither can make it worse.
     """
     start = codec.minmax_grid(blocks, fmt)
     weighted = h * blocks  # (G, b, n)
@@ -259,16 +260,16 @@ def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
         for shrink in SHRINKS:
             first = Grid(codec.round_scales(start.scales * np.float32(shrink), fmt.scale_dtype), zero_points)
             along, power = _moments(codec.centred_codes(blocks, first, out=codes), weighted, h, scratch)
-            grid = Grid(_fitted_scales(along, power, first.scales, fmt), zero_points)
-            along, power = _moments(codec.centred_codes(blocks, grid, out=codes), weighted, h, scratch)
-            gain = grid.scales * (2 * along - grid.scales * power)  # how far sum h w^2 falls
+            scales = _fitted_scales(along, power, first.scales, fmt)
+            gain = scales * (2 * along - scales * power)  # how far sum h w^2 falls
             better = gain > best_gain
             np.copyto(best_gain, gain, where=better)
-            np.copyto(best.scales, grid.scales, where=better)
+            np.copyto(best.scales, scales, where=better)
             np.copyto(best.zero_points, zero_points, where=better)
-    codec.centred_codes(blocks, best, out=codes)
-    along, power = _moments(codes, weighted, h, scratch)
-    return codes, Grid(_fitted_scales(along, power, best.scales, fmt), best.zero_points)
+    for _ in range(POLISHES):
+        along, power = _moments(codec.centred_codes(blocks, best, out=codes), weighted, h, scratch)
+        best = Grid(_fitted_scales(along, power, best.scales, fmt), best.zero_points)
+    return codes, best
 
 
 def _moments(centred: Float32, weighted: Float32, h: Float32, scratch: Float32) -> tuple[Float32, Float32]:

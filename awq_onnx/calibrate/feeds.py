@@ -135,6 +135,16 @@ def complete(
     return feed
 
 
+def shortened(feed: Feed, wanted: Signature, tokens: int = 4) -> Feed:
+    """The first tokens of a feed, where everything else follows from them; else the whole feed."""
+    if not wanted.takes_tokens:
+        return feed
+    try:
+        return token_feed(wanted, feed[TOKENS][:, : wanted.sequence_length(tokens)])
+    except CalibrationError:
+        return feed
+
+
 def _batch_and_tokens(wanted: Signature, given: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
     if TOKENS in given:
         return given[TOKENS].shape[0], given[TOKENS].shape[1]

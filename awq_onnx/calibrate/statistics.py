@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from awq_onnx.codec import Float32
 from awq_onnx.search import InputStatistics
 
 
@@ -20,14 +21,13 @@ class Accumulator:
     def update(self, rows: NDArray[np.generic]) -> None:
         """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count."""
         x = np.ascontiguousarray(rows, dtype=np.float32)
-        if not np.isfinite(x).all():  # an overflow, or padding: such a row would spoil every sum
+        total, largest = _magnitudes(x)
+        if not np.isfinite(total).all():  # an overflow, or padding: such a row would spoil every sum
             x = x[np.isfinite(x).all(axis=1)]
-        if not x.size:
-            return
+            total, largest = _magnitudes(x)
         self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
-        magnitude = np.abs(x)
-        self._sum += magnitude.sum(axis=0)
-        np.maximum(self._max, magnitude.max(axis=0), out=self._max)
+        self._sum += total
+        np.maximum(self._max, largest, out=self._max)
         self._tokens += len(x)
 
     def finish(self) -> InputStatistics:
@@ -36,3 +36,9 @@ class Accumulator:
         self._second_moment /= tokens
         mean = (self._sum / tokens).astype(np.float32)
         return InputStatistics(self._second_moment, mean, self._max, self._tokens)
+
+
+def _magnitudes(x: Float32) -> tuple[Float32, Float32]:
+    """sum|x| and max|x| of each column: float32 (K,) each."""
+    magnitude = np.abs(x)
+    return magnitude.sum(axis=0), magnitude.max(axis=0, initial=0)
