@@ -26,17 +26,19 @@ def onnxruntime() -> ModuleType:
     return checked
 
 
-def session(model: bytes, folder: Path, *, fuse: bool = True, prepack: bool = False) -> Any:
+def session(model: bytes, folder: Path, *, fuse: bool = True, prepack: bool = False, spin: bool = True) -> Any:
     """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
 
     model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
     onnxruntime may merge nodes, which changes the last bits of what they compute. prepack: whether it may copy every
-    weight into a layout that it multiplies a little faster.
+    weight into a layout that it multiplies a little faster. spin: whether its threads wait busily for the next node,
+    which is fast alone and slow beside other threads.
     """
     options = _options()
     if not fuse:
         options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _create(model, options)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 Result = TypeVar("Result")
 
@@ -27,5 +30,11 @@ def map_columns(columns: int, work: Callable[[slice], Result]) -> list[Result]:
     cores = min(usable_cores(), len(slices))
     if cores <= 1:
         return [work(part) for part in slices]
-    with ThreadPoolExecutor(cores) as pool:
+    with _blas().limit(limits=1), ThreadPoolExecutor(cores) as pool:  # a core each; BLAS must not want them all
         return list(pool.map(work, slices))
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries of this process; finding them takes longer than a slice of work."""
+    return ThreadpoolController().select(user_api="blas")

@@ -68,7 +68,7 @@ def _run_part(
     for alive in values:
         if session is None and part.makes:
             model = extract(opened.model, part, alive).SerializeToString()
-            session = runtime.session(model, opened.folder, fuse=False, prepack=True)
+            session = runtime.session(model, opened.folder, fuse=False, prepack=True, spin=False)
         if session is not None:
             made = runtime.run(session, list(part.makes), {name: alive[name] for name in part.reads})
             alive.update(zip(part.makes, made, strict=True))
