@@ -119,6 +119,7 @@ def _calibrate_and_search(
     progress: Progress,
 ) -> list[GroupResult]:
     """Run the model part by part over the data; quantise what a part's activations are known for."""
+    runtime.give_back_memory()
     progress.stage("Tracing channels")
     maps = _trace(plan, opened, calibration_data)
     names = rewrite.weight_names(plan.survey.sites)
@@ -206,6 +207,7 @@ def _measure(
 ) -> Comparison:
     """Compare on the held-out data; that onnxruntime runs the result is shown before it is published."""
     progress.stage("Measuring the result")
+    runtime.give_back_memory()
     quantized = runtime.client_session(finished)
     return compare_sessions(
         runtime.session(original, folder, fuse=False), quantized, calibration_data.held_out, wanted, progress.advance

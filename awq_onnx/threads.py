@@ -37,4 +37,5 @@ def map_columns(columns: int, work: Callable[[slice], Result]) -> list[Result]:
 @cache
 def _blas() -> ThreadpoolController:
     """The BLAS libraries of this process; finding them takes longer than a slice of work."""
-    return ThreadpoolController().select(user_api="blas")
+    blas: ThreadpoolController = ThreadpoolController().select(user_api="blas")
+    return blas
