@@ -83,7 +83,8 @@ def _run_part(
 
 def _finished(group: Group, accumulator: Accumulator) -> InputStatistics:
     statistics = accumulator.finish()
-    if not statistics.tokens or not np.isfinite(statistics.second_moment).all():
+    only_spoiled = accumulator.spoiled_rows and not statistics.tokens
+    if only_spoiled or not np.isfinite(statistics.second_moment).all():
         raise CalibrationError(
             f"the input of {group.name} is NaN, Inf or beyond fp32 on all of the calibration data; "
             "the model, or the data, cannot be right"

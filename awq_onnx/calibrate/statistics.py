@@ -17,13 +17,16 @@ class Accumulator:
         self._sum = np.zeros(K, np.float64)
         self._max = np.zeros(K, np.float32)
         self._tokens = 0
+        self.spoiled_rows = 0  # left out, for NaN or Inf
 
     def update(self, rows: NDArray[np.generic]) -> None:
         """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count."""
         x = np.ascontiguousarray(rows, dtype=np.float32)
         total, largest = _magnitudes(x)
         if not np.isfinite(total).all():  # an overflow, or padding: such a row would spoil every sum
+            self.spoiled_rows += len(x)
             x = x[np.isfinite(x).all(axis=1)]
+            self.spoiled_rows -= len(x)
             total, largest = _magnitudes(x)
         self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
         self._sum += total

@@ -12,6 +12,7 @@ import pytest
 from builders import Array, GraphBuilder, decoder_feed, gated_mlp, run, tiny_decoder, two_linears
 
 from awq_onnx.calibrate import segments
+from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
 from awq_onnx.search import InputStatistics
@@ -262,3 +263,12 @@ def test_any_graph_is_cut(middle: Callable[[GraphBuilder, str], str], flag: bool
     found = collected(model, [feed], budget_bytes)
     for name, values in tapped(model, feed).items():
         assert_statistics_of(found[name], rows_of(values))
+
+
+def test_rows_with_nan_are_left_out_and_counted() -> None:
+    rows = np.ones((4, 3), np.float32)
+    rows[1, 2] = np.nan
+    accumulator = Accumulator(3)
+    accumulator.update(rows)
+    assert accumulator.spoiled_rows == 1
+    assert accumulator.finish().tokens == 3
