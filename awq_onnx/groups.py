@@ -79,20 +79,15 @@ def quantize_group(
     """
     weights = [read_weight(site, opened) for site in group.sites]
     folded = channels if isinstance(channels, Refusal) else group.absorber
+    sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
     if isinstance(folded, Refusal):
         choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
-        limits = None
     else:
-        sources = np.arange(group.K) if channels is None or isinstance(channels, Refusal) else channels
-        limits = _limits(folded, sources, statistics, opened)
-        choice = search.search_scale(weights, statistics, fmt, limits)
+        choice = search.search_scale(weights, statistics, fmt, _limits(folded, sources, statistics, opened))
     scale, rounded = search.round_group(weights, choice.scale, statistics, fmt)
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
-    absorbed = None
-    if not isinstance(folded, Refusal):
-        absorbed = np.ones(folded.channels, np.float32)
-        absorbed[sources] = scale
+    absorbed = None if isinstance(folded, Refusal) else _absorbed(folded, sources, scale)
     results = [
         SiteResult(
             site=site,
@@ -106,6 +101,13 @@ def quantize_group(
         for site, one in zip(group.sites, rounded, strict=True)
     ]
     return GroupResult(group, choice, folded, absorbed, tuple(results))
+
+
+def _absorbed(folded: Gain | Linear, sources: ChannelMap, scale: Float32) -> Float32:
+    """The scale of the input (K,) as the absorber's channels see it; 1 where a channel does not arrive."""
+    absorbed = np.ones(folded.channels, np.float32)
+    absorbed[sources] = scale
+    return absorbed
 
 
 def read_weight(site: Site, opened: OpenedModel) -> Float32:
