@@ -96,10 +96,10 @@ def _given(
 
 
 def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress: Progress) -> CalibrationData:
-    progress.stage("Writing calibration text with the model itself")
     samples = recipe.samples + _held_out(recipe.samples)
     session = runtime.session(opened.serialize(), opened.folder) if wanted.logits and wanted.takes_tokens else None
     if session is not None and is_causal(session, wanted):
+        progress.stage("Writing calibration text with the model itself")
         length = wanted.sequence_length(recipe.sequence_length)
         if not wanted.caches and length > LENGTH_WITHOUT_CACHE:
             progress.note(
@@ -109,6 +109,7 @@ def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress:
         ids = generate(session, wanted, samples, length, recipe.seed, progress.advance)
         what = f"sequences of {ids.shape[1]} tokens that the model wrote itself"
         return _split({TOKENS: ids}, wanted, _held_out(recipe.samples), what, progress)
+    progress.stage("Making random inputs")
     progress.note(
         "This is no language model that could write its own text: it is calibrated with random inputs. "
         "Inputs of your own (--calibration data.npz, or file.txt) give a better model."
