@@ -139,9 +139,7 @@ def _plain_losses(
     def work(columns: slice) -> list[float]:
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
-        return [
-            statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)[: scale.size]) for scale in scales
-        ]
+        return [statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)) for scale in scales]
 
     total: NDArray[np.float64] = np.sum(map_columns(weight.shape[1], work), axis=0)
     return total
@@ -198,10 +196,10 @@ def _round_weight(weight: Float32, scale: Float32, statistics: InputStatistics, 
     def work(columns: slice) -> None:
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
         scaled, scratch = np.empty_like(blocks), np.empty_like(blocks)
-        plain_error[:, columns] = _plain_error(blocks, unscaled, fmt, scaled, scratch)[:K]
+        plain_error[:, columns] = _plain_error(blocks, unscaled, fmt, scaled, scratch)
         _scale_rows(blocks, scale, scaled)
         part, grid = refit(scaled, h, fmt)
-        error[:, columns] = _error_of(part, grid, scaled, scale, scratch)[:K]
+        error[:, columns] = _error_of(part, grid, scaled, scale, scratch)
         centred[:, :, columns] = part
         scales[:, columns], zero_points[:, columns] = grid.scales, grid.zero_points
 
@@ -230,10 +228,10 @@ def _plain_error(blocks: Float32, scale: Float32, fmt: Format, scaled: Float32, 
 
 
 def _error_of(centred: Float32, grid: Grid, scaled: Float32, scale: Float32, out: Float32) -> Float32:
-    """E = Q(s W) / s - W in `out` (G, b, n), returned as rows (G b, n)."""
+    """E = Q(s W) / s - W in `out` (G, b, n), returned as (K, n)."""
     codec.dequantize(centred, grid, out=out)
     out -= scaled
-    return _scale_rows(out, np.reciprocal(scale), out).reshape(-1, out.shape[2])
+    return codec.from_blocks(_scale_rows(out, np.reciprocal(scale), out), scale.size)
 
 
 def _scale_rows(blocks: Float32, scale: Float32, out: Float32) -> Float32:
