@@ -143,7 +143,7 @@ def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -
 
 def _edit(model: ir.Model, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
     """All changes to the graph, after everything about them is decided."""
-    before = check.shape_of(model.graph)
+    before = check.outline_of(model.graph)
     divided = _fold(model.graph, results)
     for result in results:
         for site in result.sites:

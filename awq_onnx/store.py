@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -91,8 +91,7 @@ def open_model(source: ModelSource) -> Iterator[OpenedModel]:
     with tempfile.TemporaryDirectory(prefix="awq-onnx-") as folder:
         path = Path(folder) / "model.onnx"
         _spill(source, path)
-        opened = _open_file(path)
-        yield OpenedModel(opened.model, opened.folder, None, opened.files, opened.size_bytes)
+        yield replace(_open_file(path), path=None)
 
 
 def _spill(source: Any, path: Path) -> None:

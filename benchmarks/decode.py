@@ -1,6 +1,6 @@
 """Tokens per second when decoding: fp32, onnxruntime's RTN and awq-onnx at the same settings, in turns.
 
-    python benchmarks/decode.py [--rounds 7]
+    python benchmarks/decode.py [--rounds 7] [--accuracy-level 4]
 
 Each round decodes the same tokens greedily with every model through its key/value cache; the ratios are taken round
 by round, since machines are noisy.
@@ -26,14 +26,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Decoding speed of fp32, RTN and awq-onnx models.")
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--accuracy-level", type=int, default=4, choices=(0, 4))
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     model, greedy = smollm2(), script("examples/side_by_side.py").greedy
     prompt = held_out_text(model, 1, PROMPT)[0].tolist()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours.onnx", Path(folder) / "rtn.onnx"
-        recipe = awq_onnx.Recipe(block_size=BLOCK_SIZE, samples=4, sequence_length=32)  # speed needs no quality
+        # Speed needs no quality: little is calibrated.
+        level = arguments.accuracy_level
+        recipe = awq_onnx.Recipe(block_size=BLOCK_SIZE, samples=4, sequence_length=32, accuracy_level=level)
         awq_onnx.quantize(model, ours, recipe)
-        ort_rtn(model, theirs, BLOCK_SIZE, recipe.accuracy_level)
+        ort_rtn(model, theirs, BLOCK_SIZE, level)
         sessions = {
             name: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             for name, path in (("fp32", model), ("ORT RTN", theirs), ("awq-onnx", ours))

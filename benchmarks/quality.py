@@ -5,7 +5,7 @@
 KL(fp32 || int4) in nats, mean over the tokens of English text that calibrated nothing (CPython's documentation);
 +- is the standard error over windows, of the ratio too (windows resampled in pairs). awq-onnx is run as a user
 without data runs it. Accuracy level 0 compares the methods, 4 is what the CPU kernel makes of them at speed.
-Takes about ten minutes on two cores.
+Takes about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from awq_onnx import runtime
 from awq_onnx.calibrate import feeds as making
 from awq_onnx.calibrate.feeds import MASK, TOKENS, Feed, Signature
-from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, generate, is_causal, random_tokens
+from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, generate, is_causal
 from awq_onnx.errors import CalibrationError, MissingPackageError
 from awq_onnx.progress import Progress
 from awq_onnx.recipe import Recipe
@@ -87,9 +87,8 @@ def _given(
         if not path.is_file():
             raise CalibrationError(f"the calibration file {path} does not exist")
         if path.suffix in (".txt", ".jsonl"):
-            return {
-                TOKENS: _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)
-            }, f"windows of {path.name}"
+            windows = _windows_of_text(_texts(path), opened, wanted, recipe, tokenizer)
+            return {TOKENS: windows}, f"windows of {path.name}"
         return _arrays(path, wanted), f"samples of {path.name}"
     except OSError as error:
         raise CalibrationError(f"the calibration file {path} cannot be read: {error.strerror}") from error
@@ -114,7 +113,8 @@ def _self_made(opened: OpenedModel, wanted: Signature, recipe: Recipe, progress:
         "This is no language model that could write its own text: it is calibrated with random inputs. "
         "Inputs of your own (--calibration data.npz, or file.txt) give a better model."
     )
-    made = random_tokens(wanted, samples, recipe.sequence_length, recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    made = [making.random_feed(wanted, 1, recipe.sequence_length, rng) for _ in range(samples)]
     training, held_out = tuple(made[: recipe.samples]), tuple(made[recipe.samples :])
     return CalibrationData(training, held_out, _described(len(training), "random inputs", len(held_out)))
 

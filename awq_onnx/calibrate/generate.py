@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import runtime
-from awq_onnx.calibrate.feeds import Feed, Signature, empty_cache, random_feed, token_feed
+from awq_onnx.calibrate.feeds import Feed, Signature, empty_cache, token_feed
 from awq_onnx.errors import RuntimeFailedError
 
 Tokens = NDArray[np.int64]
@@ -143,9 +143,3 @@ class _Caches:
         """The first part of a buffer as a cache of that many tokens: (B, heads, tokens, head_dim)."""
         batch, heads, _, head_dim = self._empty[past].shape
         return self._buffers[past][turn][: batch * heads * tokens * head_dim].reshape(batch, heads, tokens, head_dim)
-
-
-def random_tokens(wanted: Signature, samples: int, length: int, seed: int) -> list[Feed]:
-    """Random inputs for a model that is no language model, a batch of one each."""
-    rng = np.random.default_rng(seed)
-    return [random_feed(wanted, 1, length, rng) for _ in range(samples)]

@@ -174,14 +174,12 @@ def _is_vector(tensor: ir.TensorProtocol | None) -> bool:
 
 def _steps_back(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """The inputs of `node` that carry the channels of its output, the likeliest first."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx") or step.bias is not None:  # a bias stands directly behind its MatMul
         return ()
     op_type = node.op_type
     rule = _RULES.get(op_type)
     if rule is not None:
         return rule(node, step)
-    if step.bias is not None:  # between a bias and its MatMul nothing else may stand
-        return ()
     if op_type in CARRIES or op_type in MOVES:
         return _from(step, node.inputs[0], moved=op_type in MOVES)
     return ()
@@ -193,20 +191,16 @@ def _from(step: _Step, value: ir.Value | None, *, moved: bool) -> Sequence[_Step
 
 def _back_through_mul(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """gate * up: either side may lead to a Linear, the other is a factor; also x * (a constant number)."""
-    if step.bias is not None:
-        return ()
     return [back for value in node.inputs if constant(value) is None for back in _from(step, value, moved=False)]
 
 
 def _back_through_matmul(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """softmax(…) @ v mixes tokens, not channels: they come from the right side."""
-    return () if step.bias is not None else _from(step, node.inputs[1], moved=True)
+    return _from(step, node.inputs[1], moved=True)
 
 
 def _back_through_add(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """A constant bias vector directly behind a MatMul is divided with it."""
-    if step.bias is not None:
-        return ()
     for index in (0, 1):
         other = node.inputs[1 - index]
         maker = other.producer() if other is not None else None
@@ -219,8 +213,6 @@ def _back_through_add(node: ir.Node, step: _Step) -> Sequence[_Step]:
 
 def _back_through_concat(node: ir.Node, step: _Step) -> Sequence[_Step]:
     """Concat(past, new) -> present is a key/value cache: what it returns is what it is given later."""
-    if step.bias is not None:
-        return ()
     present = node.outputs[0].name or ""
     fresh = [value for value in node.inputs if value is not None and not is_cache_pair(value, present)]
     if len(fresh) != 1 or len(node.inputs) != 2:

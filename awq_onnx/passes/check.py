@@ -13,7 +13,7 @@ from awq_onnx.passes.sites import constant, node_name
 
 
 @dataclass(frozen=True)
-class Shape:
+class Outline:
     """What a rewrite must not change: the names of inputs and outputs, and how often each op stands in the graph."""
 
     inputs: tuple[str | None, ...]
@@ -21,17 +21,17 @@ class Shape:
     ops: Counter[str]
 
 
-def shape_of(graph: ir.Graph) -> Shape:
-    return Shape(
+def outline_of(graph: ir.Graph) -> Outline:
+    return Outline(
         tuple(value.name for value in graph.inputs),
         tuple(value.name for value in graph.outputs),
         Counter(node.op_type for node in graph),
     )
 
 
-def check(graph: ir.Graph, before: Shape) -> None:
+def check(graph: ir.Graph, before: Outline) -> None:
     """Same inputs and outputs, no op added but MatMulNBits in the place of MatMul, its tensors of the right shapes."""
-    after = shape_of(graph)
+    after = outline_of(graph)
     if (after.inputs, after.outputs) != (before.inputs, before.outputs):
         raise InternalError("the inputs or outputs of the model changed")
     added = after.ops - before.ops

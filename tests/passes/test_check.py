@@ -27,9 +27,9 @@ def rewritten(
     codes: tuple[int, ...] = CODES,
     scales: tuple[int, ...] = SCALES,
     zero_points: tuple[int, ...] | None = ZERO_POINTS,
-) -> check.Shape:
+) -> check.Outline:
     """Rewrite the one site with tensors of these shapes; what the graph was before."""
-    before = check.shape_of(model.graph)
+    before = check.outline_of(model.graph)
     (site,) = survey(model.graph).sites
     weight = PackedWeight(
         ir.Tensor(np.zeros(codes, np.uint8), name="codes"),
@@ -49,7 +49,7 @@ def test_a_faithful_rewrite_passes(zero_points: tuple[int, ...] | None) -> None:
 
 def test_a_graph_that_was_not_touched_passes() -> None:
     graph = original().graph
-    check.check(graph, check.shape_of(graph))
+    check.check(graph, check.outline_of(graph))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_an_added_node_is_found(op_type: str) -> None:
 
 def test_a_matmul_that_was_lost_is_found() -> None:
     model = original()
-    before = check.shape_of(model.graph)
+    before = check.outline_of(model.graph)
     (node,) = (node for node in model.graph if node.name == "reader_0")
     model.graph.outputs[0] = node.inputs[0]  # type: ignore[assignment]
     model.graph.outputs[0].name = "y0"
