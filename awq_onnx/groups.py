@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +13,9 @@ from awq_onnx import codec, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format, UInt8
 from awq_onnx.errors import WeightError
-from awq_onnx.passes.absorb import Gain, Group, Linear
-from awq_onnx.passes.sites import Refusal, Site, constant
-from awq_onnx.search import InputStatistics, ScaleChoice, ScaleLimits
+from awq_onnx.passes.absorb import Absorber, Gain, Group
+from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.search import InputStatistics, Reader, Rounded, ScaleChoice, ScaleLimits
 from awq_onnx.store import OpenedModel, OutputFiles
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
@@ -40,15 +39,17 @@ class SiteResult:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """One input's scale and its weights. folded: the group's absorber, or why the scale is 1.
+    """The scale of a group and its weights.
 
-    absorbed: what to divide the absorber's channels by, float32 (channels,); None where nothing is folded.
+    scale: float32 (K,), of the inputs. folded: where it went, or why it is 1. divided: what to divide each absorber's
+    channels by, float32 (channels,), one for each of `folded`.
     """
 
     group: Group
     choice: ScaleChoice
-    folded: Gain | Linear | Refusal
-    absorbed: Float32 | None
+    scale: Float32
+    folded: tuple[Absorber, ...] | Refusal
+    divided: tuple[Float32, ...]
     sites: tuple[SiteResult, ...]
 
 
@@ -57,17 +58,18 @@ def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
     for site in sites:
         if not np.isfinite(opened.read(site.tensor)).all():
             raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
-    for value in opened.model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.is_floating_point() and np.isnan(opened.read(tensor)).any():
-            raise WeightError(f"the weight {value.name} holds NaN; the model is broken, export it again")
+    for graph in opened.model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype.is_floating_point() and np.isnan(opened.read(tensor)).any():
+                raise WeightError(f"the weight {value.name} holds NaN; the model is broken, export it again")
     opened.let_go()
 
 
 def quantize_group(
     group: Group,
     channels: ChannelMap | Refusal | None,
-    statistics: InputStatistics,
+    statistics: Mapping[str, InputStatistics],
     fmt: Format,
     opened: OpenedModel,
     files: OutputFiles,
@@ -75,73 +77,124 @@ def quantize_group(
 ) -> GroupResult:
     """Search, round, pack and write the weights of one group.
 
-    channels: the absorber's channel behind each channel of the input; None where they are the same.
+    channels: the absorber's channel behind each channel of the inputs; None or a Refusal where nothing absorbs.
+    statistics: of the inputs that calibration has run, by name.
     """
-    weights = [read_weight(site, opened) for site in group.sites]
-    folded = channels if isinstance(channels, Refusal) else group.absorber
+    seen = {name: one for name, one in statistics.items() if one.tokens}
+    layers = _layers(group.sites)
+    readers = [Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, group.K)) for sites in layers]
+    absorbers = _absorbers(group, channels, seen)
     sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
-    if isinstance(folded, Refusal):
+    if isinstance(absorbers, Refusal):
         choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
     else:
-        choice = search.search_scale(weights, statistics, fmt, _limits(folded, sources, statistics, opened))
-    scale, rounded = search.round_group(weights, choice.scale, statistics, fmt)
+        choice = search.search_scale(readers, fmt, _limits(absorbers, sources, seen.values(), opened))
+    scale, rounded = search.round_group(readers, choice.scale, fmt)
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
-    absorbed = None if isinstance(folded, Refusal) else _absorbed(folded, sources, scale)
-    results = [
-        SiteResult(
-            site=site,
-            codes=files.append(f"{names[site]}.codes", codec.pack(one.centred, one.grid)),
-            scales=one.grid.scales,
-            zero_points=None if fmt.symmetric else codec.pack_zero_points(one.grid.zero_points),
-            loss=one.loss,
-            plain_loss=one.plain_loss,
-            energy=one.energy,
-        )
-        for site, one in zip(group.sites, rounded, strict=True)
+    divided = () if isinstance(absorbers, Refusal) else tuple(_divided(one, sources, scale) for one in absorbers)
+    results = {
+        site: result
+        for sites, one in zip(layers, rounded, strict=True)
+        for site, result in zip(sites, _written(sites, one, fmt, files, names), strict=True)
+    }
+    return GroupResult(group, choice, scale, absorbers, divided, tuple(results[site] for site in group.sites))
+
+
+def _layers(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites by their weight: those that share one are rounded once."""
+    layers: dict[tuple[ir.Value, bool, float], list[Site]] = {}
+    for site in sites:
+        layers.setdefault((site.weight, site.transposed, site.factor), []).append(site)
+    return list(layers.values())
+
+
+def _statistics_of(sites: Sequence[Site], seen: Mapping[str, InputStatistics], K: int) -> InputStatistics:
+    """What is known of the inputs of one weight; of the whole group's where these were never seen."""
+    own = {id(one): one for site in sites if (one := seen.get(site.input.name or "")) is not None}
+    parts = list((own or seen).values())
+    return InputStatistics.merged(parts) if parts else InputStatistics.flat(K)
+
+
+def _absorbers(
+    group: Group, channels: ChannelMap | Refusal | None, seen: Mapping[str, InputStatistics]
+) -> tuple[Absorber, ...] | Refusal:
+    if isinstance(group.routes, Refusal):
+        return group.routes
+    if isinstance(channels, Refusal):
+        return channels
+    if not seen:
+        return Refusal(group.name, "calibration does not run it")
+    return tuple(route.absorber for route in group.routes)
+
+
+def _written(
+    sites: Sequence[Site], rounded: Rounded, fmt: Format, files: OutputFiles, names: dict[Site, str]
+) -> list[SiteResult]:
+    """The codes of one weight in the data file, for every site that has it."""
+    codes = files.append(f"{names[sites[0]]}.codes", codec.pack(rounded.centred, rounded.grid))
+    zero_points = None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points)
+    return [
+        SiteResult(site, codes, rounded.grid.scales, zero_points, rounded.loss, rounded.plain_loss, rounded.energy)
+        for site in sites
     ]
-    return GroupResult(group, choice, folded, absorbed, tuple(results))
 
 
-def _absorbed(folded: Gain | Linear, sources: ChannelMap, scale: Float32) -> Float32:
-    """The scale of the input (K,) as the absorber's channels see it; 1 where a channel does not arrive."""
-    absorbed = np.ones(folded.channels, np.float32)
-    absorbed[sources] = scale
-    return absorbed
+def _divided(absorber: Absorber, sources: ChannelMap, scale: Float32) -> Float32:
+    """The scale of the inputs (K,) as the absorber's channels see it; 1 where a channel does not arrive."""
+    divided = np.ones(absorber.channels, np.float32)
+    divided[sources] = scale
+    return divided
 
 
 def read_weight(site: Site, opened: OpenedModel) -> Float32:
-    """W as float32 (K, N), contiguous."""
+    """W as float32 (K, N), contiguous, with the layer's factor."""
     stored = opened.read(site.tensor)
-    return np.ascontiguousarray(stored.T if site.transposed else stored, dtype=np.float32)
+    weight = np.ascontiguousarray(stored.T if site.transposed else stored, dtype=np.float32)
+    return weight if site.factor == 1 else weight * np.float32(site.factor)
+
+
+def read_bias(site: Site) -> NDArray[np.float64] | None:
+    """What the layer itself adds: float64 (N,)."""
+    if site.bias is None:
+        return None
+    return np.broadcast_to(site.bias.numpy().astype(np.float64).reshape(-1) * site.beta, (site.N,))
 
 
 def _limits(
-    folded: Gain | Linear, sources: ChannelMap, statistics: InputStatistics, opened: OpenedModel
+    absorbers: Sequence[Absorber], sources: ChannelMap, seen: Iterable[InputStatistics], opened: OpenedModel
 ) -> ScaleLimits:
     """Ties between channels that come from one, and how small s may be before something overflows fp16."""
     tie = None if np.array_equal(sources, np.arange(sources.size)) else sources
-    dtype = folded.tensor.dtype if isinstance(folded, Gain) else folded.site.dtype
-    if dtype == ir.DataType.FLOAT:  # s spans 1e4 at most: far from what fp32 can hold
-        return ScaleLimits(tie)
-    largest = np.float32(np.finfo(dtype.numpy()).max / HEADROOM)
-    smallest = np.zeros(folded.channels, np.float32)
-    np.maximum.at(smallest, sources, np.maximum(statistics.act_max, _magnitude(folded, opened)[sources]) / largest)
-    return ScaleLimits(tie, smallest[sources])
+    act_max = np.max([one.act_max for one in seen], axis=0)
+    smallest = [
+        _smallest(absorber, sources, act_max, opened)
+        for absorber in absorbers
+        if _dtype(absorber) == ir.DataType.FLOAT16
+    ]
+    return ScaleLimits(tie, np.max(smallest, axis=0) if smallest else None)
 
 
-def _magnitude(folded: Gain | Linear, opened: OpenedModel) -> Float32:
-    """The largest magnitude of each of the absorber's channels: float32 (channels,)."""
-    if isinstance(folded, Gain):
-        return _flat(folded.tensor)
-    magnitude: Float32 = np.abs(read_weight(folded.site, opened)).max(axis=0)
-    if folded.bias is not None:
-        bias = constant(folded.bias[0].inputs[folded.bias[1]])
-        assert bias is not None
-        magnitude = np.maximum(magnitude, _flat(bias))
+def _smallest(absorber: Absorber, sources: ChannelMap, act_max: Float32, opened: OpenedModel) -> Float32:
+    """How small s may be, float32 (K,), before x / s or what is divided for it overflows fp16."""
+    smallest = np.zeros(absorber.channels, np.float32)
+    largest = np.float32(np.finfo(np.float16).max / HEADROOM)
+    np.maximum.at(smallest, sources, np.maximum(act_max, _magnitude(absorber, opened)[sources]) / largest)
+    limits: Float32 = smallest[sources]
+    return limits
+
+
+def _dtype(absorber: Absorber) -> ir.DataType:
+    return absorber.vectors[0].tensor.dtype if isinstance(absorber, Gain) else absorber.site.dtype
+
+
+def _magnitude(absorber: Absorber, opened: OpenedModel) -> Float32:
+    """The largest magnitude of what is divided for each of the absorber's channels: float32 (channels,)."""
+    channels = absorber.channels
+    parts = [np.abs(vector.tensor.numpy().astype(np.float32)).reshape(-1)[-channels:] for vector in absorber.vectors]
+    if not isinstance(absorber, Gain):
+        parts.append(np.abs(read_weight(absorber.site, opened)).max(axis=0))
+        bias = read_bias(absorber.site)
+        parts += [] if bias is None else [np.abs(bias).astype(np.float32)]
+    magnitude: Float32 = np.max(parts, axis=0)
     return magnitude
-
-
-def _flat(tensor: ir.TensorProtocol) -> Float32:
-    values: NDArray[Any] = tensor.numpy()
-    return np.abs(values.astype(np.float32)).reshape(-1)

@@ -22,8 +22,8 @@ from awq_onnx.comparison import Comparison, compare_sessions
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.meter import Meter
-from awq_onnx.passes import check, fold, rewrite, sites, skeleton
-from awq_onnx.passes.absorb import Gain, Group, Linear, find_groups
+from awq_onnx.passes import check, fold, rewrite, sites
+from awq_onnx.passes.absorb import Group, Linear, find_groups
 from awq_onnx.passes.sites import Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
@@ -52,7 +52,7 @@ def quantize(
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
-        plan = make_plan(opened.model.graph)
+        plan = make_plan(opened.model)
         wanted, original = signature(opened.model.graph), opened.serialize()
         groups.check_weights(plan.survey.sites, opened)
         with meter.stage("calibration data"):
@@ -61,7 +61,7 @@ def quantize(
             results = _calibrate_and_search(plan, opened, files, calibration_data, recipe, progress)
         with meter.stage("write"):
             progress.stage("Writing the model")
-            _edit(opened.model, results, files, recipe)
+            _edit(opened, results, files, recipe)
             finished = files.write(opened.model)
         with meter.stage("measure"):
             comparison = _measure(original, opened.folder, finished, calibration_data, wanted, progress)
@@ -92,21 +92,23 @@ class Plan:
     groups: tuple[Group, ...]
 
 
-def make_plan(graph: ir.Graph) -> Plan:
+def make_plan(model: ir.Model) -> Plan:
     """Look at the graph, change nothing, read no weight.
 
     Raises AlreadyQuantizedError, NothingToQuantizeError.
     """
-    quantized = sites.quantized_nodes(graph)
+    quantized = sites.quantized_nodes(model.graph)
     if quantized:
         raise AlreadyQuantizedError(
             f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
             "start from the original model"
         )
-    survey = sites.survey(graph)
+    survey = sites.survey(model)
     if not survey.sites:
         kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
-        raise NothingToQuantizeError(f"the model has no MatMul with a constant weight that can be quantised{kept}")
+        raise NothingToQuantizeError(
+            f"the model has no linear layer with a constant weight that can be quantised{kept}"
+        )
     return Plan(survey, find_groups(survey))
 
 
@@ -136,21 +138,22 @@ def _calibrate_and_search(
 
 
 def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
-    traced = skeleton.traced(plan.groups)
     feed = shortened(calibration_data.held_out[0], signature(opened.model.graph))
-    return dict(zip(traced, channels.trace(opened.model, opened.folder, traced, feed), strict=True))
+    return channels.trace(ir.to_proto(opened.model), opened.folder, plan.groups, plan.survey, feed)
 
 
-def _edit(model: ir.Model, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
+def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
     """All changes to the graph, after everything about them is decided."""
+    model = opened.model
     before = check.outline_of(model.graph)
-    divided = _fold(model.graph, results)
+    divided = _fold(opened, results)
+    packed: dict[tuple[str, bytes], rewrite.PackedWeight] = {}
     for result in results:
         for site in result.sites:
             rewrite.to_matmul_nbits(
                 model,
                 site.site,
-                _packed(site, divided.get(site.site), files),
+                _packed(site, divided.get(site.site), files, packed),
                 block_size=recipe.block_size,
                 accuracy_level=recipe.accuracy_level,
                 metadata=_metadata(result, site),
@@ -160,29 +163,52 @@ def _edit(model: ir.Model, results: Sequence[GroupResult], files: OutputFiles, r
     check.check(model.graph, before)
 
 
-def _fold(graph: ir.Graph, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
-    """Divide gains and biases; what the output channels of quantised MatMuls have to be divided by."""
-    divided: dict[Site, codec.Float32] = {}
+def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
+    """Divide gains and biases, compensate float layers; what the columns of each site have to be divided by."""
+    graph = opened.model.graph
+    columns: dict[Site, codec.Float32] = {}
     for result in results:
-        if result.absorbed is None or isinstance(result.folded, Refusal):
+        if isinstance(result.folded, Refusal) or np.all(result.scale == 1):
             continue
-        if isinstance(result.folded, Gain):
-            fold.fold_into_gain(graph, result.folded, result.absorbed)
-        else:
-            divided[result.folded.site] = result.absorbed
-            if result.folded.bias is not None:
-                fold.divide_constant(graph, *result.folded.bias, result.absorbed)
-    return divided
+        for absorber, divisor in zip(result.folded, result.divided, strict=True):
+            for vector in absorber.vectors:
+                fold.divide_vector(graph, vector, divisor)
+            if isinstance(absorber, Linear):
+                columns[absorber.site] = divisor
+        for layer in result.group.compensated:
+            fold.multiply_rows(graph, layer, groups.read_weight(layer, opened), result.scale)
+    return columns
 
 
-def _packed(site: SiteResult, divisor: codec.Float32 | None, files: OutputFiles) -> rewrite.PackedWeight:
-    """The packed tensors; dividing an output channel divides the scales of its blocks, exactly."""
-    name = (site.codes.name or "").removesuffix(".codes")
+def _packed(
+    site: SiteResult,
+    divisor: codec.Float32 | None,
+    files: OutputFiles,
+    known: dict[tuple[str, bytes], rewrite.PackedWeight],
+) -> rewrite.PackedWeight:
+    """The packed tensors; dividing an output channel divides the scales of its blocks, exactly.
+
+    known: what has been packed, by codes and divisor: layers with one weight share it.
+    """
+    codes = site.codes.name or ""
+    key = (codes, b"" if divisor is None else divisor.tobytes())
+    if key not in known:
+        twins = sum(codes == other for other, _ in known)
+        known[key] = _written(site, divisor, files, codes.removesuffix(".codes") + (f".{twins + 1}" if twins else ""))
+    return known[key]
+
+
+def _written(site: SiteResult, divisor: codec.Float32 | None, files: OutputFiles, name: str) -> rewrite.PackedWeight:
     scales = site.scales if divisor is None else site.scales / divisor
+    dtype = site.site.dtype.numpy()
+    bias = groups.read_bias(site.site)
+    if bias is not None:
+        bias = (bias if divisor is None else bias / divisor).astype(dtype)
     return rewrite.PackedWeight(
         codes=site.codes,
-        scales=files.append(f"{name}.scales", codec.pack_scales(scales, site.site.dtype.numpy())),
+        scales=files.append(f"{name}.scales", codec.pack_scales(scales, dtype)),
         zero_points=None if site.zero_points is None else files.append(f"{name}.zero_points", site.zero_points),
+        bias=None if bias is None else files.append(f"{name}.bias", bias),
     )
 
 
@@ -215,4 +241,4 @@ def _measure(
 
 
 def _scaled_caches(results: Sequence[GroupResult]) -> int:
-    return sum(len(one.folded.caches) for one in results if isinstance(one.folded, Linear) and one.choice.alpha > 0)
+    return sum(len(one.group.caches) for one in results if not isinstance(one.folded, Refusal) and one.choice.alpha > 0)

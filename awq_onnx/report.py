@@ -13,7 +13,7 @@ import numpy as np
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
 from awq_onnx.groups import GroupResult, SiteResult
-from awq_onnx.passes.absorb import Gain, Linear
+from awq_onnx.passes.absorb import Absorber, Gain
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.recipe import Recipe
 
@@ -115,7 +115,7 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
         K=site.site.K,
         N=site.site.N,
         alpha=result.choice.alpha,
-        folded_into=None if isinstance(result.folded, Refusal) else result.folded.name,
+        folded_into=None if isinstance(result.folded, Refusal) else ", ".join(one.name for one in result.folded),
         fold=_kind(result.folded),
         reason=refusal.reason if refusal else None,
         blocked_by=refusal.what if refusal else None,
@@ -124,10 +124,10 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
     )
 
 
-def _kind(folded: Gain | Linear | Refusal) -> str | None:
+def _kind(folded: tuple[Absorber, ...] | Refusal) -> str | None:
     if isinstance(folded, Refusal):
         return None
-    return "norm gain" if isinstance(folded, Gain) else "MatMul"
+    return "norm gain" if isinstance(folded[0], Gain) else "MatMul"
 
 
 def _relative(loss: float, energy: float) -> float:

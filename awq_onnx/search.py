@@ -74,13 +74,40 @@ class InputStatistics:
         along = self.principal.T @ error  # (8, N)
         return float(self.rest @ spread + np.vdot(along, along))
 
+    @classmethod
+    def flat(cls, K: int) -> InputStatistics:
+        """What to assume of an input that calibration never saw: every channel matters the same."""
+        return cls(np.eye(K, dtype=np.float32), np.ones(K, np.float32), np.zeros(K, np.float32), 0)
+
+    @classmethod
+    def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
+        """Of the rows of all `parts` together."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens = sum(part.tokens for part in parts)
+        shares = [np.float32(part.tokens / max(tokens, 1)) for part in parts]
+        return cls(
+            np.sum([share * part.second_moment for share, part in zip(shares, parts, strict=True)], axis=0),
+            _mean_of(parts),
+            np.max([part.act_max for part in parts], axis=0),
+            tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One weight (K, N), float32, and what is known of its input."""
+
+    weight: Float32
+    statistics: InputStatistics
+
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The scale of one input: x / s, s W.
+    """The scale of the inputs of a group: x / s, s W.
 
     alpha: the exponent. scale: s, float32 (K,). losses: the estimated loss of plain rounding at each of `ALPHAS`
-    (infinite where a candidate was not tried), summed over all readers of the input.
+    (infinite where a candidate was not tried), summed over all readers.
     """
 
     alpha: float
@@ -116,25 +143,41 @@ class ScaleLimits:
     smallest: Float32 | None = None
 
 
-def search_scale(
-    weights: Sequence[Float32], statistics: InputStatistics, fmt: Format, limits: ScaleLimits | None = None
-) -> ScaleChoice:
-    """The scale with the smallest estimated loss, summed over all `weights` (K, N_i) that read the input.
+def search_scale(readers: Sequence[Reader], fmt: Format, limits: ScaleLimits | None = None) -> ScaleChoice:
+    """The scale with the smallest estimated loss, summed over all `readers` by the tokens they saw.
 
     alpha = 0 is s = 1 and among the candidates, so no choice is worse than no scale.
     """
     limits = limits or ScaleLimits()
-    scales = [candidate_scale(statistics.act_mean, alpha, limits) for alpha in ALPHAS]
-    losses = np.sum([_plain_losses(weight, scales, statistics, fmt) for weight in weights], axis=0)
+    distinct = {id(reader.statistics): reader.statistics for reader in readers}
+    act_mean = _mean_of(list(distinct.values()))
+    scales = [candidate_scale(act_mean, alpha, limits) for alpha in ALPHAS]
+    losses = np.sum([_share(r, readers) * _plain_losses(r, scales, fmt) for r in readers], axis=0)
     losses = np.where(np.isfinite(losses), losses, np.inf)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
 
 
-def _plain_losses(
-    weight: Float32, scales: Sequence[Float32], statistics: InputStatistics, fmt: Format
-) -> NDArray[np.float64]:
+def _share(reader: Reader, readers: Sequence[Reader]) -> float:
+    """How much a token of `reader` counts: experts see few of them."""
+    most = max(one.statistics.tokens for one in readers)
+    return reader.statistics.tokens / most if most else 1.0
+
+
+def _mean_of(parts: Sequence[InputStatistics]) -> Float32:
+    """mean|x| over the rows of all `parts`: float32 (K,)."""
+    if len(parts) == 1:
+        return parts[0].act_mean
+    tokens = [part.tokens for part in parts]
+    mean: Float32 = np.average(
+        [part.act_mean for part in parts], axis=0, weights=tokens if any(tokens) else None
+    ).astype(np.float32)
+    return mean
+
+
+def _plain_losses(reader: Reader, scales: Sequence[Float32], fmt: Format) -> NDArray[np.float64]:
     """The estimated loss of s W on its min-max grid, for each s of `scales`: float64 (len(scales),)."""
+    weight, statistics = reader.weight, reader.statistics
 
     def work(columns: slice) -> list[float]:
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
@@ -165,26 +208,27 @@ def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Flo
     return scale.astype(np.float32)
 
 
-def round_group(
-    weights: Sequence[Float32], scale: Float32, statistics: InputStatistics, fmt: Format
-) -> tuple[Float32, list[Rounded]]:
-    """Put s W on the best grid found for it, for all `weights` (K, N_i) of one input; the scale and the results.
+def round_group(readers: Sequence[Reader], scale: Float32, fmt: Format) -> tuple[Float32, list[Rounded]]:
+    """Put s W on the best grid found for it, for the weights of all `readers`; the scale and the results.
 
     By the whole H no group ends worse than plain rounding without a scale: one that would gets s = 1, and a weight
     whose refitted grid is worse than its plain one keeps the plain one.
     """
-    rounded = [_round_weight(weight, scale, statistics, fmt) for weight in weights]
-    if sum(r.loss for r in rounded) <= sum(r.plain_loss for r in rounded):
+    rounded = [_round_weight(reader, scale, fmt) for reader in readers]
+    shares = [_share(reader, readers) for reader in readers]
+    gained = sum(share * (r.plain_loss - r.loss) for share, r in zip(shares, rounded, strict=True))
+    if gained >= 0:
         return scale, rounded
     unscaled = np.ones_like(scale)
-    rounded = [_round_weight(weight, unscaled, statistics, fmt) for weight in weights]
+    rounded = [_round_weight(reader, unscaled, fmt) for reader in readers]
     return unscaled, [
-        r if r.loss <= r.plain_loss else _plainly_rounded(weight, r, fmt)
-        for r, weight in zip(rounded, weights, strict=True)
+        r if r.loss <= r.plain_loss else _plainly_rounded(reader.weight, r, fmt)
+        for r, reader in zip(rounded, readers, strict=True)
     ]
 
 
-def _round_weight(weight: Float32, scale: Float32, statistics: InputStatistics, fmt: Format) -> Rounded:
+def _round_weight(reader: Reader, scale: Float32, fmt: Format) -> Rounded:
+    weight, statistics = reader.weight, reader.statistics
     K, N = weight.shape
     cost = np.divide(statistics.diagonal, np.square(scale), dtype=np.float32)
     h = codec.to_blocks(cost[:, None], fmt.block_size)  # (G, b, 1)

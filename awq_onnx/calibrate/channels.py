@@ -1,52 +1,63 @@
-"""Trace which channel of an absorber becomes which channel of the input it serves (see passes/skeleton.py)."""
+"""Trace which channel of an absorber becomes which channel of the inputs it serves (see passes/skeleton.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 from numpy.typing import NDArray
 
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
 from awq_onnx.errors import RuntimeFailedError
 from awq_onnx.passes import skeleton
-from awq_onnx.passes.absorb import Group
-from awq_onnx.passes.sites import Refusal
+from awq_onnx.passes.absorb import Group, Route
+from awq_onnx.passes.sites import Refusal, Survey
 
 BASE = 16  # channel numbers are sent digit by digit: 1 .. 16 survive fp16 and an average over tokens exactly
 TOLERANCE = 0.05
 
 ChannelMap = NDArray[np.int64]  # (K,): the absorber's channel behind each channel of the input
 Drive = Callable[[int], NDArray[np.int64]]  # what an absorber with so many channels makes
+Runs = Mapping[str, Sequence[NDArray[np.float64]]]  # what a value holds for each of the drives
 
 
-def trace(model: ir.Model, folder: Path, groups: Sequence[Group], feed: Feed) -> list[ChannelMap | Refusal]:
-    """The map of each group, or why it could not be traced. `feed`: any valid input of the model, with no past."""
-    if not groups:
-        return []
-    built = skeleton.build(model, groups)
-    try:
-        session = runtime.session(built.model.SerializeToString(), folder)
-        needed = {value.name for value in session.get_inputs()}
-        digits = _digits_needed(max(size for size, _ in built.drives.values()))
-        drives: list[Drive] = [_ones, *(partial(_digit, position) for position in range(digits)), _scattered]
-        runs = [
-            dict(
-                zip(
-                    built.outputs,
-                    runtime.run(session, list(built.outputs), _only(needed, {**feed, **_drives(built, drive)})),
-                    strict=True,
-                )
-            )
-            for drive in drives
-        ]
-    except RuntimeFailedError as error:
-        return [Refusal(group.name, f"its channels could not be traced: {error}") for group in groups]
-    return [_decode(group, [run[group.input.name or ""] for run in runs]) for group in groups]
+def trace(
+    model: onnx.ModelProto, folder: Path, groups: Sequence[Group], survey: Survey, feed: Feed
+) -> dict[Group, ChannelMap | Refusal]:
+    """For every group with an absorber: the map that all of its inputs have in common, or why there is none.
+
+    model: a copy of the model to take apart. feed: any valid input of it, with no past.
+    """
+    routes = skeleton.traced_routes(groups)
+    runs: Runs = {}
+    failure = None
+    if routes:
+        try:
+            runs = _run(skeleton.build(model, routes, (*survey.sites, *survey.floats)), folder, feed)
+        except RuntimeFailedError as error:
+            failure = error
+    return {
+        group: Refusal(group.name, f"its channels could not be traced: {failure}")
+        if failure is not None and any(route.needs_tracing for route in group.routes)
+        else _common_map(group, group.routes, runs)
+        for group in groups
+        if not isinstance(group.routes, Refusal)
+    }
+
+
+def _run(built: skeleton.Skeleton, folder: Path, feed: Feed) -> Runs:
+    session = runtime.session(built.model.SerializeToString(), folder)
+    needed = {value.name for value in session.get_inputs()}
+    digits = _digits_needed(max(size for size, _ in built.drives.values()))
+    drives: list[Drive] = [_ones, *(partial(_digit, position) for position in range(digits)), _scattered]
+    runs = [
+        runtime.run(session, list(built.outputs), _only(needed, {**feed, **_drives(built, drive)})) for drive in drives
+    ]
+    return {name: [run[index].astype(np.float64) for run in runs] for index, name in enumerate(built.outputs)}
 
 
 def _digits_needed(channels: int) -> int:
@@ -80,21 +91,56 @@ def _only(names: set[str], feed: Feed) -> Feed:
     return {name: values for name, values in feed.items() if name in names}
 
 
-def _decode(group: Group, runs: list[NDArray[np.generic]]) -> ChannelMap | Refusal:
-    assert not isinstance(group.absorber, Refusal)
-    lost = Refusal(group.absorber.name, "its channels do not arrive at the input one by one")
-    ones, *digits, scattered = (run.astype(np.float64).reshape(-1, run.shape[-1]) for run in runs)  # (T, K)
-    if ones.shape[1] != group.K or not ones.size or not np.all(np.isfinite(ones)) or np.any(ones == 0):
-        return lost
-    channels = np.zeros(group.K, np.int64)
+def _common_map(group: Group, routes: Sequence[Route], runs: Runs) -> ChannelMap | Refusal:
+    maps = [found for route in routes for found in _maps(group, route, runs)]
+    first = maps[0]
+    if first is None or any(found is None for found in maps):
+        return Refusal(routes[0].absorber.name, "its channels do not arrive at the input one by one")
+    if not all(found is not None and np.array_equal(first, found) for found in maps):
+        return Refusal(routes[0].absorber.name, "its channels arrive in another order at every layer that shares them")
+    if any(_meets(route, first, runs) for route in routes):
+        return Refusal(routes[0].absorber.name, "something else reads the channels that would be divided")
+    return first
+
+
+def _maps(group: Group, route: Route, runs: Runs) -> list[ChannelMap | None]:
+    """One map for each input of a route; None where channels are mixed or nothing arrived."""
+    return [
+        np.arange(group.K) if moved is None else _map(runs.get(moved.name or "", ()), route.absorber.channels, group.K)
+        for moved in route.inputs.values()
+    ]
+
+
+def _map(runs: Sequence[NDArray[np.float64]], size: int, K: int) -> ChannelMap | None:
+    channels = _decode(runs, size)
+    if channels is None or channels.shape[-1] != K:
+        return None
+    rows = channels.reshape(-1, K)
+    return rows[0] if np.all(rows == rows[0]) else None
+
+
+def _meets(route: Route, channels: ChannelMap, runs: Runs) -> bool:
+    """Whether what others read holds a channel that would be divided, or could hold one."""
+    for value in route.untouched:
+        others = _decode(runs.get(value.name or "", ()), route.absorber.channels)
+        if others is None or np.isin(others, channels).any():
+            return True
+    return False
+
+
+def _decode(runs: Sequence[NDArray[np.float64]], size: int) -> NDArray[np.int64] | None:
+    """The channel that each number of a value came from, in its shape; None where one came from several, or none."""
+    if not runs or not runs[0].size or not np.all(np.isfinite(runs[0])) or np.any(runs[0] == 0):
+        return None
+    ones, *digits, scattered = runs
+    channels = np.zeros(ones.shape, np.int64)
     for position, run in enumerate(digits):
-        channels += (np.rint(run[0] / ones[0]).astype(np.int64) - 1) * BASE**position
-    size = group.absorber.channels
+        channels += (np.rint(run / ones).astype(np.int64) - 1) * BASE**position
     if not np.all((channels >= 0) & (channels < size)):
-        return lost
+        return None
     drives = [*(_digit(position, size) for position in range(len(digits))), _scattered(size)]
     exact = all(
         np.all(np.abs(run / ones - drive[channels]) < TOLERANCE)
         for run, drive in zip([*digits, scattered], drives, strict=True)
     )
-    return channels if exact else lost
+    return channels if exact else None

@@ -8,8 +8,9 @@ keeps some values in fp32 between nodes of one part, so there a cut is a roundin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -21,20 +22,24 @@ from awq_onnx.calibrate.feeds import Feed
 from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
-from awq_onnx.passes.sites import constant
+from awq_onnx.passes.bodies import all_bodies
+from awq_onnx.passes.constants import constant
 from awq_onnx.progress import unheard
 from awq_onnx.search import InputStatistics
 from awq_onnx.store import OpenedModel
 
+Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an input of a group
+
+MASKS = ("attention_mask", "encoder_attention_mask")
 BUDGET_BYTES = 96 << 20  # of weights and second moments in one part; a part holds at least one node
 
 
 @dataclass(frozen=True)
 class Part:
-    """nodes: in graph order. taps: the groups whose input is known once the part has run."""
+    """nodes: in graph order. taps: the inputs of groups that are known once the part has run, name -> K."""
 
     nodes: tuple[ir.Node, ...]
-    taps: tuple[Group, ...]
+    taps: Mapping[str, int]
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     dead_after: frozenset[str] = field(repr=False)
@@ -47,23 +52,35 @@ def collect(
     *,
     budget_bytes: int = BUDGET_BYTES,
     advance: Callable[[float], None] = unheard,
-) -> Iterator[list[tuple[Group, InputStatistics]]]:
-    """Run the model once over all `feeds`; after each part, its groups with their statistics.
+) -> Iterator[list[tuple[Group, Statistics]]]:
+    """Run the model once over all `feeds`; after each part, the groups whose inputs are all known, with statistics.
 
+    Groups with inputs that the graph does not make by running it (in the body of a Loop) come last, without those.
     advance: told the fraction of all running that has just been done.
     """
     parts = cut(opened.model.graph, groups, budget_bytes)
+    coming = {name for part in parts for name in part.taps}
+    missing = {group: {v.name or "" for v in group.inputs} & coming for group in groups}
+    known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in groups}
     values = [dict(feed) for feed in feeds]
     nodes = sum(len(part.nodes) for part in parts)
     for part in parts:
         share = len(part.nodes) / max(nodes, 1) / len(values)
-        yield _run_part(opened, part, values, lambda share=share: advance(share))  # type: ignore[misc]
+        made = _run_part(opened, part, values, lambda share=share: advance(share))  # type: ignore[misc]
+        for group, names in missing.items():
+            known[group].update((name, made[name]) for name in names & made.keys())
+            names.difference_update(made)
+        made.clear()
+        finished = [group for group, names in missing.items() if not names]
+        for group in finished:
+            del missing[group]
+        yield [(group, known.pop(group)) for group in finished]
 
 
 def _run_part(
     opened: OpenedModel, part: Part, values: list[dict[str, NDArray[np.generic]]], advance: Callable[[], None]
-) -> list[tuple[Group, InputStatistics]]:
-    sums = [(group, Accumulator(group.K)) for group in part.taps]
+) -> dict[str, InputStatistics]:
+    sums = {name: Accumulator(K) for name, K in part.taps.items()}
     session = None
     for alive in values:
         if session is None and part.makes:
@@ -73,20 +90,20 @@ def _run_part(
             made = runtime.run(session, list(part.makes), {name: alive[name] for name in part.reads})
             alive.update(zip(part.makes, made, strict=True))
             del made
-        for group, accumulator in sums:
-            accumulator.update(_rows(alive[group.input.name or ""], alive))
+        for name, accumulator in sums.items():
+            accumulator.update(_rows(alive[name], alive))
         for name in part.dead_after:
             alive.pop(name, None)
         advance()
-    return [(group, _finished(group, accumulator)) for group, accumulator in sums]
+    return {name: _finished(name, accumulator) for name, accumulator in sums.items()}
 
 
-def _finished(group: Group, accumulator: Accumulator) -> InputStatistics:
+def _finished(name: str, accumulator: Accumulator) -> InputStatistics:
     statistics = accumulator.finish()
     only_spoiled = accumulator.spoiled_rows and not statistics.tokens
     if only_spoiled or not np.isfinite(statistics.second_moment).all():
         raise CalibrationError(
-            f"the input of {group.name} is NaN, Inf or beyond fp32 on all of the calibration data; "
+            f"the activation {name} is NaN, Inf or beyond fp32 on all of the calibration data; "
             "the model, or the data, cannot be right"
         )
     return statistics
@@ -94,39 +111,41 @@ def _finished(group: Group, accumulator: Accumulator) -> InputStatistics:
 
 def _rows(activation: NDArray[np.generic], alive: Feed) -> NDArray[np.generic]:
     """An activation (…, K) as rows (T, K), without the rows of padding where there is a mask to tell."""
-    mask = alive.get("attention_mask")
-    if mask is not None and activation.ndim == 3 and activation.shape[:2] == mask.shape and not mask.all():
-        real: NDArray[np.generic] = activation[mask.astype(bool)]
-        return real
-    return activation.reshape(-1, activation.shape[-1])  # (T, K)
+    rows = activation.reshape(-1, activation.shape[-1])  # (T, K)
+    for name in MASKS:
+        mask = alive.get(name)
+        if mask is not None and mask.ndim == 2 and activation.shape[:-1] in (mask.shape, (mask.size,)):
+            real: NDArray[np.generic] = rows if mask.all() else rows[mask.astype(bool).reshape(-1)]
+            return real
+    return rows
 
 
 def cut(graph: ir.Graph, groups: Sequence[Group], budget_bytes: int) -> list[Part]:
     """The parts that lead to all inputs of `groups`; nodes that lead to none of them are in no part."""
     nodes = _needed(graph, groups)
     last_read = {name: position for position, node in enumerate(nodes) for name in reads(node)}
-    kept = {"attention_mask"}  # tells padding to every part, whoever reads it
-    waiting = {group.input.name: group for group in groups}
+    kept = set(MASKS)  # they tell padding to every part, whoever reads them
+    waiting = {value.name or "": group.K for group in groups for value in group.inputs}
     parts = []
     start = 0
     known = {value.name or "" for value in graph.inputs}
-    for stop in _cuts(nodes, last_read, {g.input.name: g.K for g in groups}, budget_bytes):
+    for stop in _cuts(nodes, last_read, dict(waiting), budget_bytes):
         run = nodes[start:stop]
         made = [output.name or "" for node in run for output in node.outputs]
         read = dict.fromkeys(name for node in run for name in reads(node) if name not in made)
-        taps = [waiting.pop(name) for name in list(waiting) if name in made or name in known]
+        taps = {name: waiting.pop(name) for name in list(waiting) if name in made or name in known}
         later = {name for name in made if last_read.get(name, -1) >= stop}
-        makes = [name for name in made if name in later or any(name == tap.input.name for tap in taps)]
+        makes = [name for name in made if name in later or name in taps]
         known.update(makes)
         dead = frozenset(name for name in known if last_read.get(name, -1) < stop) - kept
-        parts.append(Part(tuple(run), tuple(taps), tuple(read), tuple(makes), dead))
+        parts.append(Part(tuple(run), taps, tuple(read), tuple(makes), dead))
         known -= dead
         start = stop
     return parts
 
 
 def _cuts(
-    nodes: Sequence[ir.Node], last_read: dict[str, int], tapped: dict[str | None, int], budget_bytes: int
+    nodes: Sequence[ir.Node], last_read: dict[str, int], tapped: Mapping[str, int], budget_bytes: int
 ) -> list[int]:
     """Where parts end: close to the budget, at the places where the fewest tensors are alive."""
     alive = np.zeros(len(nodes) + 1, np.int64)
@@ -152,7 +171,7 @@ def _cuts(
 
 def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
     """The nodes that lead to the inputs of `groups`, in order, without those that only make constants."""
-    wanted = {group.input.name for group in groups}
+    wanted = {value.name for group in groups for value in group.inputs}
     needed = []
     for node in reversed(list(graph)):
         if any(output.name in wanted and constant(output) is None for output in node.outputs):
@@ -170,24 +189,9 @@ def _values_read(node: ir.Node) -> list[ir.Value]:
     return [value for value in [*node.inputs, *_captured(node)] if value is not None]
 
 
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The bodies of an If or Loop, and the bodies in them."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            bodies = [attribute.as_graph()]
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            bodies = list(attribute.as_graphs())
-        else:
-            continue
-        for body in bodies:
-            yield body
-            for inner in body:
-                yield from _subgraphs(inner)
-
-
 def _captured(node: ir.Node) -> Iterator[ir.Value]:
     """The values of the graph around `node` that its bodies read or return."""
-    bodies = list(_subgraphs(node))
+    bodies = list(all_bodies(node))
     for body in bodies:
         for value in [*(value for inner in body for value in inner.inputs), *body.outputs]:
             if value is not None and value.graph not in bodies:

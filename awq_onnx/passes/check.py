@@ -9,7 +9,11 @@ import onnx_ir as ir
 
 from awq_onnx import codec
 from awq_onnx.errors import InternalError
-from awq_onnx.passes.sites import constant, node_name
+from awq_onnx.passes.bodies import all_nodes
+from awq_onnx.passes.constants import constant
+from awq_onnx.passes.sites import node_name
+
+LAYERS = ("MatMul", "Gemm", "FusedMatMul")  # what MatMulNBits may stand in the place of
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,20 @@ def outline_of(graph: ir.Graph) -> Outline:
     return Outline(
         tuple(value.name for value in graph.inputs),
         tuple(value.name for value in graph.outputs),
-        Counter(node.op_type for node in graph),
+        Counter(node.op_type for node in all_nodes(graph)),
     )
 
 
 def check(graph: ir.Graph, before: Outline) -> None:
-    """Same inputs and outputs, no op added but MatMulNBits in the place of MatMul, its tensors of the right shapes."""
+    """Same inputs and outputs, no op added but MatMulNBits in the place of layers, its tensors of the right shapes."""
     after = outline_of(graph)
     if (after.inputs, after.outputs) != (before.inputs, before.outputs):
         raise InternalError("the inputs or outputs of the model changed")
     added = after.ops - before.ops
-    replaced = before.ops["MatMul"] - after.ops["MatMul"]
+    replaced = sum(before.ops[op] - after.ops[op] for op in LAYERS)
     if set(added) - {"MatMulNBits"} or added["MatMulNBits"] != replaced:
-        raise InternalError(f"nodes were added: {dict(added)}, {replaced} MatMul replaced")
-    for node in graph:
+        raise InternalError(f"nodes were added: {dict(added)}, {replaced} layers replaced")
+    for node in all_nodes(graph):
         if node.op_type == "MatMulNBits":
             _check_node(node)
 
@@ -50,8 +54,15 @@ def _check_node(node: ir.Node) -> None:
         (N, blocks, block_size * codec.BITS // 8),
         (N, blocks),
         (N, -(-blocks * codec.BITS // 8)),
+        None,
+        (N,),
     ]
-    for index, (value, dims) in enumerate(zip(node.inputs[1:], expected, strict=False), 1):
+    given = [
+        (index, value, dims)
+        for index, (value, dims) in enumerate(zip(node.inputs[1:], expected, strict=False), 1)
+        if value
+    ]
+    for index, value, dims in given:
         tensor = constant(value)
         if tensor is None or tuple(tensor.shape.numpy()) != dims:
             raise InternalError(f"input {index} of {node_name(node)} is not {dims}")

@@ -1,4 +1,4 @@
-"""Divide the tensor that absorbs a scale by it. Nothing that other nodes read is touched."""
+"""Divide what absorbs a scale by it, multiply what must not see it. Nothing that other nodes read is touched."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx.passes.absorb import Gain
-from awq_onnx.passes.sites import constant
+from awq_onnx.passes.absorb import Vector
+from awq_onnx.passes.sites import Site
 
 
-def fold_into_gain(graph: ir.Graph, gain: Gain, scale: NDArray[np.float32]) -> None:
-    """gain / scale, scale float32 of the gain's size."""
-    divide_constant(graph, gain.node, gain.index, scale)
+def divide_vector(graph: ir.Graph, vector: Vector, scale: NDArray[np.float32]) -> None:
+    """Divide the last numbers of a constant by `scale`, one for each; a copy of it where others read it as well."""
+    values = vector.tensor.numpy().copy()
+    flat = values.reshape(-1)
+    flat[-scale.size :] = divide(flat[-scale.size :], scale)
+    replace_constant(graph, vector.node, vector.index, ir.Tensor(values, dtype=vector.tensor.dtype))
 
 
-def divide_constant(graph: ir.Graph, node: ir.Node, index: int, scale: NDArray[np.float32]) -> None:
-    """Divide the constant vector at an input of `node` by `scale`; a copy of it where others read it as well."""
+def multiply_rows(graph: ir.Graph, site: Site, weight: NDArray[Any], scale: NDArray[np.float32]) -> None:
+    """Multiply the rows of a layer that stays in float, so that it reads x / s as it read x. weight: (K, N)."""
+    multiplied = (weight.astype(np.float64) * scale[:, None]).astype(site.dtype.numpy())
+    written = np.ascontiguousarray(multiplied.T if site.node.attributes.get_int("transB", 0) else multiplied)
+    replace_constant(graph, site.node, 1, ir.Tensor(written, dtype=site.dtype))
+
+
+def replace_constant(graph: ir.Graph, node: ir.Node, index: int, tensor: ir.Tensor[Any]) -> None:
+    """Put `tensor` in the place of what node.inputs[index] holds, for this node alone."""
     value = node.inputs[index]
-    tensor = constant(value)
     assert value is not None
-    assert tensor is not None
-    divided = ir.Tensor(divide(tensor.numpy(), scale), dtype=tensor.dtype, name=value.name)
-    if value.is_initializer() and len(value.uses()) == 1:
-        value.const_value = divided
+    if value.is_initializer() and len(value.uses()) == 1 and value.graph is graph:
+        tensor.name = value.name
+        value.const_value = tensor
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         return
-    name = f"{value.name}.{node.name or node.outputs[0].name}.scaled"
-    replacement = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=divided)
-    divided.name = name
+    tensor.name = f"{value.name}.{node.name or node.outputs[0].name}.scaled"
+    replacement = ir.val(tensor.name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
     graph.register_initializer(replacement)
     node.replace_input_with(index, replacement)
-    remove_unread(graph, value)
+    remove_unread(value)
 
 
 def divide(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[Any]:
@@ -41,17 +49,19 @@ def divide(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[Any]:
     return divided
 
 
-def remove_unread(graph: ir.Graph, value: ir.Value | None) -> None:
+def remove_unread(value: ir.Value | None) -> None:
     """Remove an initializer, or the node that makes `value` and what only it read, if nothing reads it any more."""
     if value is None or value.uses() or value.is_graph_output() or value.is_graph_input():
         return
-    node = value.producer()
+    node, graph = value.producer(), value.graph
     if node is None:
-        graph.initializers.pop(value.name or "", None)
+        if graph is not None:
+            graph.initializers.pop(value.name or "", None)
         return
     if any(output.uses() or output.is_graph_output() for output in node.outputs):
         return
     inputs = node.inputs
-    graph.remove(node, safe=True)
+    if node.graph is not None:
+        node.graph.remove(node, safe=True)
     for read in inputs:
-        remove_unread(graph, read)
+        remove_unread(read)

@@ -1,4 +1,4 @@
-"""Replace a MatMul by `com.microsoft::MatMulNBits`; its name, output, doc string and metadata stay."""
+"""Replace a linear layer by `com.microsoft::MatMulNBits`; its name, output, doc string and metadata stay."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ DOMAIN = "com.microsoft"
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The three constant inputs of a MatMulNBits; zero_points None for a symmetric grid (they are then 8)."""
+    """The constant inputs of a MatMulNBits.
+
+    zero_points: None for a symmetric grid (they are then 8). bias: None, or what the layer itself added.
+    """
 
     codes: ir.TensorProtocol
     scales: ir.TensorProtocol
     zero_points: ir.TensorProtocol | None
+    bias: ir.TensorProtocol | None = None
 
 
 def weight_names(sites: Sequence[Site]) -> dict[Site, str]:
@@ -42,12 +46,11 @@ def to_matmul_nbits(
     accuracy_level: int,
     metadata: Mapping[str, str],
 ) -> ir.Node:
-    """Put the new node where the MatMul was; the old weight goes if nothing else reads it."""
+    """Put the new node where the layer was; the old weight goes if nothing else reads it."""
     graph, old = model.graph, site.node
-    tensors = [weight.codes, weight.scales, *([weight.zero_points] if weight.zero_points is not None else [])]
     node = ir.node(
         "MatMulNBits",
-        [site.input, *(_initializer(graph, tensor) for tensor in tensors)],
+        [site.input, *_inputs(graph, weight)],
         {
             "K": site.K,
             "N": site.N,
@@ -61,15 +64,30 @@ def to_matmul_nbits(
         metadata_props={**old.metadata_props, **metadata},
     )
     _take_over(old.outputs[0], node.outputs[0])
-    graph.insert_before(old, node)
-    old_weight = old.inputs[1]
-    graph.remove(old, safe=True)
-    remove_unread(graph, old_weight)
+    holder = old.graph
+    assert isinstance(holder, ir.Graph)
+    holder.insert_before(old, node)
+    read = old.inputs[1:]
+    holder.remove(old, safe=True)
+    for value in read:
+        remove_unread(value)
     model.opset_imports.setdefault(DOMAIN, 1)
     return node
 
 
+def _inputs(graph: ir.Graph, weight: PackedWeight) -> list[ir.Value | None]:
+    """B, scales, zero_points, g_idx (never), bias; what is left out at the end is not there at all."""
+    tensors = [weight.codes, weight.scales, weight.zero_points, None, weight.bias]
+    while tensors[-1] is None:
+        tensors.pop()
+    return [None if tensor is None else _initializer(graph, tensor) for tensor in tensors]
+
+
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """An initializer of the main graph, where bodies see it too; the same one for the same tensor."""
+    known = graph.initializers.get(tensor.name or "")
+    if known is not None and known.const_value is tensor:
+        return known
     value = ir.val(tensor.name or "", tensor.dtype, tensor.shape.numpy(), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -1,17 +1,33 @@
-"""Find every MatMul with a constant weight, and the groups of them that read the same input."""
+"""Find every linear layer with a constant weight, in whatever form an exporter writes it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
+from awq_onnx.passes.bodies import all_nodes, branch_outputs
+from awq_onnx.passes.constants import STANDARD_DOMAINS, Opsets, computed, constant, is_computed
+from awq_onnx.passes.facts import Facts, facts_of
+
 QUANTIZED_OPS = frozenset({"MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"})
-WEIGHT_VIEWS = frozenset({"Transpose", "Cast", "Identity"})  # ops a weight may pass on its way to the MatMul
+FEW_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2})
 QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+READABLE_DTYPES = QUANTIZABLE_DTYPES | {ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 # What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature.
 AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"})
+# What may stand between a router of experts and the TopK that chooses them.
+AFTER_ROUTER = frozenset({"Cast", "Identity", "Add", "Reshape", "Softmax", "Sigmoid", "Unsqueeze", "Squeeze"})
+# Nodes with the weights of linear layers inside, that cannot become MatMulNBits as they are: op -> input, what it is.
+OTHER_HOLDERS = {
+    "Attention": (1, "a fused Attention holds the weights of q, k and v; export without that fusion"),
+    "MoE": (2, "a fused MoE holds the weights of its experts"),
+    "LSTM": (1, "it is a recurrent layer"),
+    "GRU": (1, "it is a recurrent layer"),
+    "RNN": (1, "it is a recurrent layer"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,19 +43,24 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One MatMul(x, W) whose W (K, N) is constant.
+    """One linear layer: factor * x W + beta * bias, W (K, N) constant.
 
-    name: of the node, kept here since a rewrite takes the names of its values away. tensor: the initializer W comes
-    from, `transposed` where the file holds it as (N, K). dtype: of x, so of the scales too.
+    name: of the node, kept here since a rewrite takes the names of its values away. weight: the value W comes from,
+    of which `tensor` is the content, `transposed` where that is (N, K). dtype: of x, so of the scales too.
+    bias: what the node itself adds (a Gemm's C), N numbers or one.
     """
 
     node: ir.Node
     name: str
+    weight: ir.Value
     tensor: ir.TensorProtocol
     transposed: bool
     dtype: ir.DataType
     K: int
     N: int
+    factor: float = 1.0
+    bias: ir.TensorProtocol | None = None
+    beta: float = 1.0
 
     @property
     def input(self) -> ir.Value:
@@ -50,73 +71,151 @@ class Site:
         return self.node.outputs[0]
 
 
-SitesByInput: TypeAlias = "dict[ir.Value, list[Site]]"
+@dataclass(frozen=True)
+class Choice:
+    """Which layers the user wants. include, exclude: shell patterns of node names; include empty: all."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def refuses(self, name: str) -> str | None:
+        pattern = next((p for p in self.exclude if fnmatchcase(name, p)), None)
+        if pattern is not None:
+            return f"--exclude {pattern} names it"
+        if self.include and not any(fnmatchcase(name, p) for p in self.include):
+            return "no --include names it"
+        return None
 
 
 @dataclass(frozen=True)
 class Survey:
-    """sites: what will be quantised, in graph order. kept: what could be, and is not, each with its reason."""
+    """sites: what will be quantised, in graph order. kept: what could be, and is not, each with its reason.
 
+    floats: the kept ones that are plain linear layers all the same.
+    """
+
+    graph: ir.Graph
+    facts: Facts
     sites: tuple[Site, ...]
     kept: tuple[Refusal, ...]
-
-    def by_input(self) -> SitesByInput:
-        """The sites that share an input, and so a scale; in graph order."""
-        groups: SitesByInput = {}
-        for site in self.sites:
-            groups.setdefault(site.input, []).append(site)
-        return groups
+    floats: tuple[Site, ...]
 
 
-def survey(graph: ir.Graph) -> Survey:
-    """All MatMuls of the main graph with a constant weight."""
-    sites, kept = [], []
+def survey(model: ir.Model, choice: Choice | None = None) -> Survey:
+    """All linear layers with a constant weight, those in the bodies of If, Loop and Scan included."""
+    choice = choice or Choice()
+    sites, kept, floats = [], [], []
+    graph, facts = model.graph, facts_of(model)
+    outer = branch_outputs(graph)
     vocabulary = _embedding_rows(graph)
-    for node in graph:
-        found = find_site(node)
-        if isinstance(found, Site) and _is_head(found, vocabulary):
-            found = Refusal(found.name, "it is the lm_head, which stays as it is")
-        if isinstance(found, Site):
-            sites.append(found)
-        elif found is not None:
+    for node in all_nodes(graph):
+        found = find_site(node, facts.opsets)
+        if found is None:
+            continue
+        if isinstance(found, Refusal):
             kept.append(found)
-    return Survey(tuple(sites), tuple(kept))
+            continue
+        reason = _why_left(found, vocabulary, outer) or choice.refuses(found.name)
+        if reason is None:
+            sites.append(found)
+        else:
+            kept.append(Refusal(found.name, reason))
+            floats.append(found)
+    return Survey(graph, facts, tuple(sites), tuple(kept), tuple(floats))
 
 
 def quantized_nodes(graph: ir.Graph) -> list[ir.Node]:
     """Nodes that hold weights of few bits already."""
-    return [
-        node
-        for node in graph
-        if node.op_type in QUANTIZED_OPS
-        or (node.op_type == "DequantizeLinear" and (tensor := constant(node.inputs[0])) and len(tensor.shape) == 2)
-    ]
+    return [node for node in all_nodes(graph) if node.op_type in QUANTIZED_OPS or _dequantizes_few_bits(node)]
 
 
-def find_site(node: ir.Node) -> Site | Refusal | None:
+def _dequantizes_few_bits(node: ir.Node) -> bool:
+    tensor = constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
+    return tensor is not None and tensor.dtype in FEW_BITS and len(tensor.shape) == 2
+
+
+def find_site(node: ir.Node, opsets: Opsets) -> Site | Refusal | None:
     """The node as a Site, a Refusal for a linear layer that cannot be one, None for everything else."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
-        return None
-    source = _weight_source(node.inputs[1])
-    if source is None or constant(node.inputs[0]) is not None:
-        return None
-    tensor, transposed, dtype = source
+    form = _form(node)
+    if form is None:
+        return _refused_holder(node)
+    source = _weight_source(node.inputs[1], opsets)
+    if source is None or is_computed(node.inputs[0]):
+        return _refused_left(node)
+    weight, tensor, transposed, dtype = source
     if len(tensor.shape) < 2:
         return None
-    reason = _why_not(node, tensor, dtype)
+    reason = form.reason or _why_not(node, tensor, dtype)
     if reason:
         return Refusal(node_name(node), reason)
     rows, columns = tensor.shape.numpy()
+    transposed = transposed != form.transposed
     K, N = (columns, rows) if transposed else (rows, columns)
-    return Site(node, node_name(node), tensor, transposed, dtype, K, N)
+    bias = computed(node.inputs[2], opsets) if form.bias else None
+    if form.bias and (bias is None or bias.size not in (1, N) or bias.size != (bias.shape.numpy() or (1,))[-1]):
+        return Refusal(node_name(node), "what it adds is no constant vector")
+    return Site(node, node_name(node), weight, tensor, transposed, dtype, K, N, form.factor, bias, form.beta)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a node type writes x W: what its attributes say; reason: why it cannot be rewritten."""
+
+    transposed: bool = False
+    factor: float = 1.0
+    bias: bool = False
+    beta: float = 1.0
+    reason: str | None = None
+
+
+def _form(node: ir.Node) -> _Form | None:
+    if node.domain in STANDARD_DOMAINS and node.op_type == "MatMul":
+        return _Form()
+    number, flag = node.attributes.get_float, node.attributes.get_int
+    if node.domain in STANDARD_DOMAINS and node.op_type == "Gemm":
+        return _Form(
+            transposed=bool(flag("transB", 0)),
+            factor=number("alpha", 1.0),
+            bias=len(node.inputs) > 2 and node.inputs[2] is not None,
+            beta=number("beta", 1.0),
+            reason="it transposes its input" if flag("transA", 0) else None,
+        )
+    if node.domain == "com.microsoft" and node.op_type == "FusedMatMul":
+        odd = any(flag(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+        return _Form(
+            transposed=bool(flag("transB", 0)),
+            factor=number("alpha", 1.0),
+            reason="it transposes its input" if odd else None,
+        )
+    return None
+
+
+def _refused_holder(node: ir.Node) -> Refusal | None:
+    """A node with the weights of linear layers inside it that stays as it is."""
+    index, reason = OTHER_HOLDERS.get(node.op_type, (None, ""))
+    if node.op_type == "Conv":
+        index, reason = 1, "it is a 1x1 Conv over channels that come first"
+    value = node.inputs[index] if index is not None and len(node.inputs) > index else None
+    tensor = constant(value)
+    if tensor is None or len(tensor.shape) < 2:
+        return None
+    if node.op_type == "Conv" and set(tensor.shape.numpy()[2:]) != {1}:
+        return None  # a real convolution, no linear layer
+    return Refusal(node_name(node), reason)
+
+
+def _refused_left(node: ir.Node) -> Refusal | None:
+    """A MatMul whose weight stands on the left, where it mixes rows instead of channels."""
+    tensor = constant(node.inputs[0])
+    if tensor is None or len(tensor.shape) != 2 or min(tensor.shape.numpy()) < 2 or is_computed(node.inputs[1]):
+        return None
+    return Refusal(node_name(node), "its weight stands on the left")
 
 
 def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> str | None:
-    if node.op_type == "Gemm":
-        return "Gemm is not supported yet, only MatMul"
     if len(tensor.shape) != 2:
         return f"its weight has {len(tensor.shape)} dimensions, only 2 are supported"
-    if dtype not in QUANTIZABLE_DTYPES or tensor.dtype not in QUANTIZABLE_DTYPES:
+    if dtype not in QUANTIZABLE_DTYPES or tensor.dtype not in READABLE_DTYPES:
         return f"its weight is {tensor.dtype.name}, only FLOAT and FLOAT16 have a kernel"
     if 0 in tensor.shape.numpy():
         return "its weight is empty"
@@ -126,19 +225,26 @@ def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> st
     return None
 
 
-def _weight_source(value: ir.Value | None) -> tuple[ir.TensorProtocol, bool, ir.DataType] | None:
-    """Follow a weight back to its constant: the tensor, whether it is transposed, the dtype that arrives."""
+def _weight_source(
+    value: ir.Value | None, opsets: Opsets
+) -> tuple[ir.Value, ir.TensorProtocol, bool, ir.DataType] | None:
+    """Follow a weight back to its constant: the value, its tensor, whether it is transposed, the dtype that arrives.
+
+    Transpose, Cast and Identity are stepped over, so that a large weight is read where it lies; anything else that
+    constants are put through is computed.
+    """
     transposed, dtype = False, None
     while value is not None:
         tensor = constant(value)
-        if tensor is not None:
-            return tensor, transposed, dtype or tensor.dtype
-        node = value.producer()
-        if node is None or node.op_type not in WEIGHT_VIEWS or node.domain not in ("", "ai.onnx"):
-            return None
-        if node.op_type == "Transpose":
-            if list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        if tensor is None and not _is_view(value):
+            tensor = computed(value, opsets)
+            if tensor is None:
                 return None
+        if tensor is not None:
+            return value, tensor, transposed, dtype or tensor.dtype
+        node = value.producer()
+        assert node is not None
+        if node.op_type == "Transpose":
             transposed = not transposed
         elif node.op_type == "Cast" and dtype is None:
             dtype = ir.DataType(node.attributes.get_int("to", 0))
@@ -146,28 +252,36 @@ def _weight_source(value: ir.Value | None) -> tuple[ir.TensorProtocol, bool, ir.
     return None
 
 
-def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of an initializer that no caller can override, or of a Constant node; else None."""
-    if value is None:
-        return None
-    if value.is_initializer():
-        return None if value.is_graph_input() else value.const_value
+def _is_view(value: ir.Value) -> bool:
     node = value.producer()
-    if node is None or node.op_type != "Constant" or "sparse_value" in node.attributes:
-        return None
-    return ir.convenience.get_const_tensor(value)
+    if node is None or node.domain not in STANDARD_DOMAINS:
+        return False
+    if node.op_type == "Transpose":
+        return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    return node.op_type in ("Cast", "Identity")
 
 
 def _embedding_rows(graph: ir.Graph) -> set[int]:
     """How many rows the embedding tables have: one of them is the vocabulary, if the model has one."""
-    tables = [constant(node.inputs[0]) for node in graph if node.op_type == "Gather"]
+    tables = [constant(node.inputs[0]) for node in all_nodes(graph) if node.op_type == "Gather"]
     return {int(table.shape.numpy()[0]) for table in tables if table is not None and len(table.shape) == 2}
 
 
-def _is_head(site: Site, vocabulary: set[int]) -> bool:
-    """Whether this MatMul makes the logits: nothing but steps of `AFTER_HEAD` between it and a graph output."""
+def _why_left(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, ir.Value]) -> str | None:
+    if _is_head(site, vocabulary, outer):
+        return "it is the lm_head, which stays as it is"
+    if any(reader.op_type == "TopK" for reader in _followers(site.output, AFTER_ROUTER)):
+        return "it chooses experts: a router stays as it is"
+    return None
+
+
+def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, ir.Value]) -> bool:
+    """Whether this layer makes the logits: nothing but steps of `AFTER_HEAD` between it and a graph output."""
     value = site.output
-    while not value.is_graph_output():
+    while not value.is_graph_output() or value in outer:
+        if value in outer:
+            value = outer[value]
+            continue
         followers = list(value.consumers())
         if len(followers) != 1 or followers[0].op_type not in AFTER_HEAD:
             return False
@@ -176,6 +290,14 @@ def _is_head(site: Site, vocabulary: set[int]) -> bool:
             return False
         value = follower.outputs[0]
     return site.N in vocabulary or "logits" in (value.name or "")
+
+
+def _followers(value: ir.Value, through: frozenset[str]) -> Iterator[ir.Node]:
+    """The nodes that read `value`, and what they make, through steps of `through`."""
+    for node in value.consumers():
+        yield node
+        if node.op_type in through:
+            yield from _followers(node.outputs[0], through)
 
 
 def node_name(node: ir.Node) -> str:

@@ -1,0 +1,124 @@
+"""Which values of a graph are known without running it, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import onnx
+import onnx_ir as ir
+
+from awq_onnx import runtime
+
+Opsets: TypeAlias = "Mapping[str, int]"
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+MOST_NODES = 16  # between a value and the constants it is computed from
+# What makes something else every time, or cannot be computed ahead.
+NEVER_CONSTANT = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli"})
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer that no caller can override, or of a Constant node; else None."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or "sparse_value" in node.attributes:
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def is_computed(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant, or made of constants by a few standard nodes: 1 + w, a Cast, a dequantised w."""
+    return value is not None and _nodes_behind(value) is not None
+
+
+def computed(value: ir.Value | None, opsets: Opsets) -> ir.TensorProtocol | None:
+    """The tensor of a constant or of what `is_computed`; nothing large is read before its values are asked for.
+
+    opsets: of the model, by domain; they tell what the nodes mean.
+    """
+    stored = constant(value)
+    if value is None or stored is not None:
+        return stored
+    nodes = _nodes_behind(value)
+    if not nodes:
+        return None
+    model = _model(value, nodes, opsets)
+    try:
+        dtype, dims = _type_of(model)
+    except Exception:  # the checks of onnx raise a dozen classes; what cannot be inferred is no weight for us
+        return None
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(runtime.evaluate(model.SerializeToString(), _folder(nodes)), dtype=dtype)
+
+    return ir.LazyTensor(evaluate, dtype, dims, name=value.name)
+
+
+def _nodes_behind(value: ir.Value) -> list[ir.Node] | None:
+    """The nodes that make `value` from constants, in order; None where something else takes part, or too many do."""
+    nodes: dict[ir.Node, None] = {}
+
+    def visit(one: ir.Value) -> bool:
+        if constant(one) is not None:
+            return True
+        node = one.producer()
+        if node is None or one.is_graph_input() or node.domain not in STANDARD_DOMAINS or len(nodes) > MOST_NODES:
+            return False
+        bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if bodies or node.op_type in NEVER_CONSTANT or node.op_type == "Constant":
+            return False
+        if node not in nodes:
+            if not all(visit(read) for read in node.inputs if read is not None):
+                return False
+            nodes[node] = None
+        return True
+
+    return list(nodes) if visit(value) else None
+
+
+def _leaves(nodes: list[ir.Node]) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    for name, value in {v.name or "": v for node in nodes for v in node.inputs if v is not None}.items():
+        tensor = constant(value)
+        if tensor is not None:
+            yield name, tensor
+
+
+def _model(value: ir.Value, nodes: list[ir.Node], opsets: Opsets) -> onnx.ModelProto:
+    """The nodes as a model of their own, without inputs; large tensors stay references into their files."""
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "constant",
+        [],
+        [onnx.ValueInfoProto(name=value.name)],
+        [_initializer(name, tensor) for name, tensor in _leaves(nodes)],
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets.items()], ir_version=10
+    )
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    written = ir.to_proto(tensor)
+    written.name = name
+    return written
+
+
+def _type_of(model: onnx.ModelProto) -> tuple[ir.DataType, ir.Shape]:
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    (output,) = inferred.graph.output
+    made = output.type.tensor_type
+    dims = [dim.dim_value for dim in made.shape.dim if dim.HasField("dim_value")]
+    if not made.HasField("shape") or len(dims) != len(made.shape.dim):
+        raise ValueError(f"the shape of {output.name} cannot be inferred")
+    return ir.DataType(made.elem_type), ir.Shape(dims)
+
+
+def _folder(nodes: list[ir.Node]) -> Path:
+    """Where the references point to: one folder for all of a model (see `store`)."""
+    folders = [tensor.base_dir for _, tensor in _leaves(nodes) if isinstance(tensor, ir.ExternalTensor)]
+    return Path(folders[0] if folders else ".")
