@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(calibration, "sequence_length")
     _add_number(calibration, "seed")
 
+    choice = parser.add_argument_group("which layers, and how")
+    for name in ("include", "exclude"):
+        choice.add_argument(f"--{name}", action="append", default=[], metavar="PATTERN", help=help_of(name))
+    choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
+
     format_group = parser.add_argument_group("format")
     _add_number(format_group, "block_size", BLOCK_SIZES)
     format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
@@ -154,7 +159,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     try:
-        return Recipe(**{name: getattr(arguments, name) for name in Recipe.__dataclass_fields__})
+        settings: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
+        return Recipe(**{**settings, "include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
     except RecipeError as error:
         raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
 

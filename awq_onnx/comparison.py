@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from awq_onnx import runtime
 from awq_onnx.calibrate import data
 from awq_onnx.calibrate.data import Calibration
-from awq_onnx.calibrate.feeds import MASK, TOKENS, Feed, Signature, signature
+from awq_onnx.calibrate.feeds import Feed, Signature, signature
 from awq_onnx.errors import CalibrationError
 from awq_onnx.progress import Silent, unheard
 from awq_onnx.recipe import Recipe
@@ -26,12 +26,14 @@ Rows = NDArray[Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured. The first five are None for a model without logits.
+    """What `compare` measured. The first six are None for a model without logits.
 
-    kl_mean: mean over tokens of KL(original || quantised) in nats; kl_se: its standard error over windows;
-    kl_median: over windows. perplexity: exp of the mean negative log-likelihood of the given tokens, None without
-    token ids. top1: share of tokens with the same likeliest next token. relative_error: ||y - y'|| / ||y|| over all
-    compared outputs. tokens, windows: how much was compared.
+    kl_mean: mean over tokens (samples, for a classifier of those) of KL(original || quantised) in nats; kl_se: its
+    standard error over windows; kl_median: over windows. perplexity: exp of the mean negative log-likelihood of the
+    given tokens, None without token ids. top1: share of tokens with the same likeliest next token.
+
+    relative_error: ||y - y'|| / ||y|| over all compared outputs. cosine_distance: mean over tokens of 1 - cos(y, y'),
+    None for a model with logits. tokens, windows: how much was compared; padding counts for nothing.
     """
 
     kl_mean: float | None
@@ -44,6 +46,7 @@ class Comparison:
     tokens: int
     windows: int
     kl_windows: tuple[float, ...] = ()
+    cosine_distance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +61,8 @@ class _Sums:
     error: float = 0.0
     energy: float = 0.0
     tokens: int = 0
+    distance: float = 0.0
+    vectors: int = 0
 
 
 def compare(
@@ -98,12 +103,15 @@ def compare_sessions(
     for window in windows:
         expected = runtime.run(reference, outputs, window)
         actual = runtime.run(quantized, outputs, window)
-        for one, other in zip(expected, actual, strict=True):
-            _add_error(sums, one, other)
-        if wanted.logits and expected[0].ndim == 3:
-            _add_logits(sums, expected[0], actual[0], window)
+        rows = [_rows(*pair, window, wanted) for pair in zip(expected, actual, strict=True)]
+        for pair in rows:
+            _add_error(sums, *pair)
+        if wanted.logits and _are_logits(expected[0]):
+            _add_logits(sums, expected[0], actual[0], window, wanted)
         else:
-            sums.tokens += _rows_of(expected[0])
+            sums.tokens += len(rows[0][0])
+            for pair in rows:
+                _add_distance(sums, *pair)
         advance(1 / len(windows))
     return _result(sums, len(windows))
 
@@ -111,7 +119,10 @@ def compare_sessions(
 def _result(sums: _Sums, windows: int) -> Comparison:
     relative_error = float(np.sqrt(sums.error / sums.energy)) if sums.energy else 0.0
     if not sums.kl:
-        return Comparison(None, None, None, None, None, None, relative_error, sums.tokens, windows)
+        distance = sums.distance / sums.vectors if sums.vectors else None
+        return Comparison(
+            None, None, None, None, None, None, relative_error, sums.tokens, windows, cosine_distance=distance
+        )
     kl = np.array(sums.kl)
     perplexity = np.exp(-sums.likelihood / sums.predicted) if sums.likelihood is not None and sums.predicted else None
     return Comparison(
@@ -136,17 +147,33 @@ def _one_by_one(feed: Feed) -> list[Feed]:
     return [{name: values[row : row + 1] for name, values in feed.items()} for row in range(sizes.pop())]
 
 
-def _rows_of(output: Rows) -> int:
-    return int(np.prod(output.shape[:-1]))
+def _are_logits(values: Rows) -> bool:
+    """Whether there are classes to choose from: of every token (B, T, V), or of every sample (B, V)."""
+    return values.ndim in (2, 3) and values.shape[-1] > 1
+
+
+def _rows(expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> tuple[Rows, Rows]:
+    """Two outputs (…, C) as rows (R, C), without the rows of padding."""
+    if expected.shape != actual.shape:
+        raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
+    if expected.ndim == 3:
+        keep = _real(expected.shape[:2], window, wanted)
+        if not keep.all():
+            return expected[keep], actual[keep]
+    columns = expected.shape[-1] if expected.ndim else 1
+    return expected.reshape(-1, columns), actual.reshape(-1, columns)
+
+
+def _real(shape: tuple[int, ...], window: Feed, wanted: Signature) -> NDArray[np.bool_]:
+    """Which tokens (B, T) are no padding."""
+    mask = window.get(wanted.text_mask)
+    return mask.astype(bool) if mask is not None and mask.shape == shape else np.ones(shape, bool)
 
 
 def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
-    if expected.shape != actual.shape:
-        raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
+    """The squares of rows (R, C) and of their differences."""
     if expected.dtype.kind != "f":
         return
-    columns = expected.shape[-1] if expected.ndim else 1
-    expected, actual = expected.reshape(-1, columns), actual.reshape(-1, columns)
     for start in range(0, len(expected), ROWS_AT_ONCE):  # logits are large, copies of all of them larger
         one = expected[start : start + ROWS_AT_ONCE].astype(np.float32)
         with np.errstate(invalid="ignore"):  # -inf - -inf
@@ -157,13 +184,26 @@ def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
         sums.energy += float(np.vdot(one, one))
 
 
-def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed) -> None:
-    """One window's KL, agreement and likelihood, from logits (B, T, V)."""
-    mask = window.get(MASK)
-    keep = np.ones(expected.shape[:2], bool)
-    if mask is not None and mask.shape == keep.shape:
-        keep = mask.astype(bool)
-    ids = window.get(TOKENS)
+def _add_distance(sums: _Sums, expected: Rows, actual: Rows) -> None:
+    """1 - cos of rows (R, C); a number alone has no direction, and a row of zeros none either."""
+    if expected.dtype.kind != "f" or expected.shape[1] < 2:
+        return
+    one, other = expected.astype(np.float64), actual.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    some = np.isfinite(lengths) & (lengths > 0)
+    cosines = np.einsum("rc,rc->r", one[some], other[some]) / lengths[some]
+    sums.distance += float((1 - cosines).sum())
+    sums.vectors += int(some.sum())
+
+
+def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> None:
+    """One window's KL, agreement and likelihood, from logits (B, T, V) or (B, V)."""
+    if expected.ndim == 2:
+        expected, actual = expected[:, None], actual[:, None]
+    keep = _real(expected.shape[:2], window, wanted)
+    ids = window.get(wanted.text)
+    if ids is not None and ids.shape != keep.shape:
+        ids = None
     kl_sum = 0.0
     for sequence in range(expected.shape[0]):
         rows = np.flatnonzero(keep[sequence])

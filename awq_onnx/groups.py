@@ -19,6 +19,8 @@ from awq_onnx.search import InputStatistics, Reader, Rounded, ScaleChoice, Scale
 from awq_onnx.store import OpenedModel, OutputFiles
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
+LARGEST_FP16 = np.float32(np.finfo(np.float16).max / HEADROOM)
+WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is worth it
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class SiteResult:
 class GroupResult:
     """The scale of a group and its weights.
 
-    scale: float32 (K,), of the inputs. folded: where it went, or why it is 1. divided: what to divide each absorber's
-    channels by, float32 (channels,), one for each of `folded`.
+    scale: float32 (K,), of the inputs. folded: where it went, or why it could go nowhere. divided: what to divide each
+    absorber's channels by, float32 (channels,), one for each of `folded`. mul_loss: where nothing absorbs the scale,
+    the loss with one, divided at run time, over the loss without. multiplied: whether that is done.
     """
 
     group: Group
@@ -51,6 +54,8 @@ class GroupResult:
     folded: tuple[Absorber, ...] | Refusal
     divided: tuple[Float32, ...]
     sites: tuple[SiteResult, ...]
+    mul_loss: float | None = None
+    multiplied: bool = False
 
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
@@ -74,6 +79,8 @@ def quantize_group(
     opened: OpenedModel,
     files: OutputFiles,
     names: dict[Site, str],
+    *,
+    allow_mul: bool = False,
 ) -> GroupResult:
     """Search, round, pack and write the weights of one group.
 
@@ -85,20 +92,26 @@ def quantize_group(
     readers = [Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, group.K)) for sites in layers]
     absorbers = _absorbers(group, channels, seen)
     sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
-    if isinstance(absorbers, Refusal):
-        choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
-    else:
-        choice = search.search_scale(readers, fmt, _limits(absorbers, sources, seen.values(), opened))
+    foldable = () if isinstance(absorbers, Refusal) else absorbers
+    choice = search.search_scale(readers, fmt, _limits(group, foldable, sources, seen.values(), opened))
     scale, rounded = search.round_group(readers, choice.scale, fmt)
+    mul_loss, multiplied = None, False
+    if not foldable:
+        scaled, unscaled = rounded, search.round_group(readers, np.ones_like(scale), fmt)[1]
+        mul_loss = search.total_loss(readers, scaled) / (search.total_loss(readers, unscaled) or 1.0)
+        multiplied = allow_mul and mul_loss < WORTH_A_MUL
+        if not multiplied:
+            scale, rounded = np.ones_like(scale), unscaled
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
-    divided = () if isinstance(absorbers, Refusal) else tuple(_divided(one, sources, scale) for one in absorbers)
+    divided = tuple(_divided(one, sources, scale) for one in foldable)
     results = {
         site: result
         for sites, one in zip(layers, rounded, strict=True)
         for site, result in zip(sites, _written(sites, one, fmt, files, names), strict=True)
     }
-    return GroupResult(group, choice, scale, absorbers, divided, tuple(results[site] for site in group.sites))
+    ordered = tuple(results[site] for site in group.sites)
+    return GroupResult(group, choice, scale, absorbers, divided, ordered, mul_loss, multiplied)
 
 
 def _layers(sites: Sequence[Site]) -> list[list[Site]]:
@@ -162,24 +175,29 @@ def read_bias(site: Site) -> NDArray[np.float64] | None:
 
 
 def _limits(
-    absorbers: Sequence[Absorber], sources: ChannelMap, seen: Iterable[InputStatistics], opened: OpenedModel
+    group: Group,
+    absorbers: Sequence[Absorber],
+    sources: ChannelMap,
+    seen: Iterable[InputStatistics],
+    opened: OpenedModel,
 ) -> ScaleLimits:
     """Ties between channels that come from one, and how small s may be before something overflows fp16."""
     tie = None if np.array_equal(sources, np.arange(sources.size)) else sources
-    act_max = np.max([one.act_max for one in seen], axis=0)
+    act_max = np.max([np.zeros(group.K, np.float32), *(one.act_max for one in seen)], axis=0)
     smallest = [
         _smallest(absorber, sources, act_max, opened)
         for absorber in absorbers
         if _dtype(absorber) == ir.DataType.FLOAT16
     ]
+    if not absorbers and group.sites[0].dtype == ir.DataType.FLOAT16:  # x / s itself, made by a Mul
+        smallest.append(act_max / LARGEST_FP16)
     return ScaleLimits(tie, np.max(smallest, axis=0) if smallest else None)
 
 
 def _smallest(absorber: Absorber, sources: ChannelMap, act_max: Float32, opened: OpenedModel) -> Float32:
     """How small s may be, float32 (K,), before x / s or what is divided for it overflows fp16."""
     smallest = np.zeros(absorber.channels, np.float32)
-    largest = np.float32(np.finfo(np.float16).max / HEADROOM)
-    np.maximum.at(smallest, sources, np.maximum(act_max, _magnitude(absorber, opened)[sources]) / largest)
+    np.maximum.at(smallest, sources, np.maximum(act_max, _magnitude(absorber, opened)[sources]) / LARGEST_FP16)
     limits: Float32 = smallest[sources]
     return limits
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +18,17 @@ from awq_onnx.calibrate import channels, data, segments
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
+from awq_onnx.calibrate.straight import Straight, straighten
 from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_sessions
-from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError
+from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.meter import Meter
 from awq_onnx.passes import check, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, Linear, find_groups
-from awq_onnx.passes.sites import Refusal, Site, Survey
+from awq_onnx.passes.branches import separate_names
+from awq_onnx.passes.inline import inline_functions
+from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
 from awq_onnx.report import Report
@@ -52,8 +56,10 @@ def quantize(
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
-        plan = make_plan(opened.model)
         wanted, original = signature(opened.model.graph), opened.serialize()
+        inline_functions(opened.model)
+        separate_names(opened.model.graph)
+        plan = make_plan(opened.model, recipe)
         groups.check_weights(plan.survey.sites, opened)
         with meter.stage("calibration data"):
             calibration_data = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
@@ -92,7 +98,7 @@ class Plan:
     groups: tuple[Group, ...]
 
 
-def make_plan(model: ir.Model) -> Plan:
+def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
     """Look at the graph, change nothing, read no weight.
 
     Raises AlreadyQuantizedError, NothingToQuantizeError.
@@ -103,13 +109,23 @@ def make_plan(model: ir.Model) -> Plan:
             f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
             "start from the original model"
         )
-    survey = sites.survey(model)
+    recipe = recipe or Recipe()
+    survey = sites.survey(model, Choice(recipe.include, recipe.exclude))
+    _check_patterns(recipe, survey)
     if not survey.sites:
         kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
         raise NothingToQuantizeError(
             f"the model has no linear layer with a constant weight that can be quantised{kept}"
         )
     return Plan(survey, find_groups(survey))
+
+
+def _check_patterns(recipe: Recipe, survey: Survey) -> None:
+    names = [site.name for site in (*survey.sites, *survey.floats)]
+    for option, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
+        for pattern in patterns:
+            if names and not any(sites.fits(name, pattern) for name in names):
+                raise RecipeError(f"{option} {pattern!r} fits no layer of the model; they have names like {names[0]}")
 
 
 def _calibrate_and_search(
@@ -123,23 +139,30 @@ def _calibrate_and_search(
     """Run the model part by part over the data; quantise what a part's activations are known for."""
     runtime.give_back_memory()
     progress.stage("Tracing channels")
-    maps = _trace(plan, opened, calibration_data)
+    straight = straighten(opened, plan.survey, calibration_data.feeds[0])
+    maps = _trace(plan, straight, calibration_data)
     names = rewrite.weight_names(plan.survey.sites)
     progress.stage("Calibrating and searching")
     results = []
-    for finished in segments.collect(opened, plan.groups, calibration_data.feeds, advance=progress.advance):
+    for finished in segments.collect(straight.opened, plan.groups, calibration_data.feeds, advance=progress.advance):
         while finished:
             group, statistics = finished.pop(0)
             fmt = Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()))
-            results.append(groups.quantize_group(group, maps.get(group), statistics, fmt, opened, files, names))
+            results.append(
+                groups.quantize_group(
+                    group, maps.get(group), statistics, fmt, opened, files, names, allow_mul=recipe.allow_mul
+                )
+            )
         opened.let_go()
     order = {group: position for position, group in enumerate(plan.groups)}
     return sorted(results, key=lambda result: order[result.group])
 
 
-def _trace(plan: Plan, opened: OpenedModel, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
+def _trace(plan: Plan, straight: Straight, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
+    opened = straight.opened
     feed = shortened(calibration_data.held_out[0], signature(opened.model.graph))
-    return channels.trace(ir.to_proto(opened.model), opened.folder, plan.groups, plan.survey, feed)
+    models = [ir.to_proto(opened.model), *([straight.others] if straight.others is not None else [])]
+    return channels.trace(models, opened.folder, plan.groups, plan.survey, feed)
 
 
 def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
@@ -147,6 +170,7 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
     model = opened.model
     before = check.outline_of(model.graph)
     divided = _fold(opened, results)
+    muls = _insert_muls(model.graph, results)
     packed: dict[tuple[str, bytes], rewrite.PackedWeight] = {}
     for result in results:
         for site in result.sites:
@@ -160,24 +184,41 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
             )
     model.metadata_props["awq_onnx.version"] = __version__
     model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
-    check.check(model.graph, before)
+    check.check(model.graph, before, muls=muls)
 
 
 def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
-    """Divide gains and biases, compensate float layers; what the columns of each site have to be divided by."""
+    """Divide gains and biases, rescale float layers; what the columns of each site have to be divided by."""
     graph = opened.model.graph
+    rows: dict[Site, codec.Float32] = {}
     columns: dict[Site, codec.Float32] = {}
     for result in results:
         if isinstance(result.folded, Refusal) or np.all(result.scale == 1):
-            continue
+            continue  # nothing to divide, or a Mul does it
         for absorber, divisor in zip(result.folded, result.divided, strict=True):
             for vector in absorber.vectors:
                 fold.divide_vector(graph, vector, divisor)
             if isinstance(absorber, Linear):
                 columns[absorber.site] = divisor
-        for layer in result.group.compensated:
-            fold.multiply_rows(graph, layer, groups.read_weight(layer, opened), result.scale)
+        rows.update((layer, result.scale) for layer in result.group.compensated)
+    quantized = {site for result in results for site in result.group.sites}
+    for layer in {**rows, **columns}.keys() - quantized:
+        weight = groups.read_weight(layer, opened)
+        fold.rescale_layer(graph, layer, weight, rows.get(layer), columns.get(layer))
     return columns
+
+
+def _insert_muls(graph: ir.Graph, results: Sequence[GroupResult]) -> int:
+    """A Mul on every input whose scale goes nowhere else; how many."""
+    readers: dict[tuple[ir.Value, Any], list[Site]] = {}
+    factors: dict[Site, codec.Float32] = {}
+    for result in results:
+        for site in result.group.sites if result.multiplied else ():
+            readers.setdefault((site.input, site.node.graph), []).append(site)
+            factors[site] = np.reciprocal(result.scale)
+    for (value, _), together in readers.items():
+        fold.insert_mul(graph, value, together, factors[together[0]])
+    return len(readers)
 
 
 def _packed(

@@ -11,7 +11,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 4)
 
 
-def _setting(default: int | bool, description: str) -> Any:
+def _setting(default: int | bool | tuple[str, ...], description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
@@ -29,6 +29,11 @@ class Recipe:
     accuracy_level: int = _setting(
         4, "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this)"
     )
+    include: tuple[str, ...] = _setting((), "quantise only nodes whose name fits this pattern (*, ?), may be repeated")
+    exclude: tuple[str, ...] = _setting((), "leave nodes whose name fits this pattern as they are, may be repeated")
+    allow_mul: bool = _setting(
+        False, "where a scale cannot be folded, divide the input by it with a Mul at run time, if that helps"
+    )
     samples: int = _setting(32, "calibration sequences")
     sequence_length: int = _setting(256, "tokens in each calibration sequence")
     seed: int = _setting(0, "of everything that is sampled: the same seed gives the same file")
@@ -37,11 +42,14 @@ class Recipe:
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("symmetric", self.symmetric, (False, True))
         _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        _one_of("allow_mul", self.allow_mul, (False, True))
+        _patterns("include", self.include)
+        _patterns("exclude", self.exclude)
         _in_range("samples", self.samples, 1, 65536)
         _in_range("sequence_length", self.sequence_length, 2, 65536)
         _in_range("seed", self.seed, 0, 2**32 - 1)
 
-    def to_dict(self) -> dict[str, int | bool]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -49,12 +57,17 @@ def help_of(name: str) -> str:
     """The help text of a setting, with its default."""
     setting = next(f for f in fields(Recipe) if f.name == name)
     default = setting.default
-    return f"{setting.metadata['help']}" + ("" if isinstance(default, bool) else f" (default {default})")
+    return f"{setting.metadata['help']}" + ("" if isinstance(default, bool | tuple) else f" (default {default})")
 
 
 def _one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
     if value not in choices:
         raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def _patterns(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise RecipeError(f"{name} is {value!r}; it must be a tuple of patterns")
 
 
 def _in_range(name: str, value: object, low: int, high: int) -> None:

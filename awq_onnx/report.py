@@ -13,7 +13,7 @@ import numpy as np
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
 from awq_onnx.groups import GroupResult, SiteResult
-from awq_onnx.passes.absorb import Absorber, Gain
+from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.recipe import Recipe
 
@@ -23,7 +23,8 @@ class MatMulReport:
     """One quantised MatMul.
 
     alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
-    node that is ("norm gain" or "MatMul"). Where there is none, reason: why, blocked_by: what is in the way.
+    node that is ("norm gain", "MatMul", or a "Mul" that was added). Where there is none, reason: why, blocked_by:
+    what is in the way, mul_gain: what its error would be multiplied by if --allow-mul added one.
     error, plain_error: ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding
     (round-to-nearest) without a scale.
     """
@@ -36,6 +37,7 @@ class MatMulReport:
     fold: str | None
     reason: str | None
     blocked_by: str | None
+    mul_gain: float | None
     error: float
     plain_error: float
 
@@ -86,6 +88,7 @@ class Report:
         rows += [("Left alone", text) for text in _grouped((one.reason, one.what) for one in self.kept)]
         unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None)
         rows += [("Not scaled", text) for text in _grouped(unscaled)]
+        rows += [("", text) for text in _mul_advice(self.matmuls)]
         if self.scaled_caches:
             rows.append(
                 (
@@ -109,25 +112,34 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
 
 def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
     """The row of one MatMul of a group."""
-    refusal = result.folded if isinstance(result.folded, Refusal) else None
+    refusal = result.folded if isinstance(result.folded, Refusal) and not result.multiplied else None
     return MatMulReport(
         name=site.site.name,
         K=site.site.K,
         N=site.site.N,
         alpha=result.choice.alpha,
-        folded_into=None if isinstance(result.folded, Refusal) else ", ".join(one.name for one in result.folded),
-        fold=_kind(result.folded),
+        folded_into=_places(result),
+        fold=_kind(result),
         reason=refusal.reason if refusal else None,
         blocked_by=refusal.what if refusal else None,
+        mul_gain=None if refusal is None or result.mul_loss is None else float(np.sqrt(result.mul_loss)),
         error=_relative(site.loss, site.energy),
         plain_error=_relative(site.plain_loss, site.energy),
     )
 
 
-def _kind(folded: tuple[Absorber, ...] | Refusal) -> str | None:
-    if isinstance(folded, Refusal):
+def _places(result: GroupResult) -> str | None:
+    if result.multiplied:
+        return "a Mul on its input"
+    return None if isinstance(result.folded, Refusal) else ", ".join(one.name for one in result.folded)
+
+
+def _kind(result: GroupResult) -> str | None:
+    if result.multiplied:
+        return "Mul"
+    if isinstance(result.folded, Refusal):
         return None
-    return "norm gain" if isinstance(folded[0], Gain) else "MatMul"
+    return "norm gain" if isinstance(result.folded[0], Gain) else "MatMul"
 
 
 def _relative(loss: float, energy: float) -> float:
@@ -141,10 +153,21 @@ def _scales(matmuls: Iterable[MatMulReport]) -> str:
         return "none could be folded; the weights are rounded as they are"
     counts = Counter(one.fold for one in folded)
     parts = ", ".join(f"{count} into {_PLACES[kind]}" for kind, count in counts.items() if kind is not None)
-    return f"folded: {parts}; mean alpha {np.mean([one.alpha for one in folded]):.2f}; no node added"
+    added = "Mul nodes added" if "Mul" in counts else "no node added"
+    return f"folded: {parts}; mean alpha {np.mean([one.alpha for one in folded]):.2f}; {added}"
 
 
-_PLACES = {"norm gain": "norm gains", "MatMul": "the MatMul before"}
+_PLACES = {"norm gain": "norm gains", "MatMul": "the MatMul before", "Mul": "a Mul on the input"}
+MUL_HELPS = 0.97  # of the error: below that a Mul is worth telling of
+
+
+def _mul_advice(matmuls: Iterable[MatMulReport]) -> list[str]:
+    """What --allow-mul would bring, where it would bring something."""
+    gains = [one.mul_gain for one in matmuls if one.mul_gain is not None and one.mul_gain < MUL_HELPS]
+    if not gains:
+        return []
+    mean = float(np.exp(np.mean(np.log(np.maximum(gains, 1e-6)))))
+    return [f"--allow-mul would bring {len(gains)} of them to {mean:.2f} x the error, with a Mul at run time"]
 
 
 def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
@@ -165,11 +188,15 @@ def _layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
 
 def _output_error(comparison: Comparison) -> str:
     if comparison.kl_mean is None:
-        return f"{comparison.relative_error:.4f} relative, over {comparison.windows} held-out samples"
+        turned = comparison.cosine_distance
+        distance = f", cosine distance {turned:.5f}" if turned is not None else ""
+        return f"{comparison.relative_error:.4f} relative{distance}, over {comparison.windows} held-out samples"
     error = f" +-{comparison.kl_se:.3f}" if comparison.kl_se is not None else ""
+    text = comparison.perplexity_original is not None  # else classes of a picture, a sound, a whole text
+    unit, choice = ("token", "next token") if text else ("answer", "answer")
     return (
-        f"KL {comparison.kl_mean:.3f}{error} nats per token, same next token {comparison.top1:.1%} "
-        f"({comparison.tokens} held-out tokens)"
+        f"KL {comparison.kl_mean:.3f}{error} nats per {unit}, same {choice} {comparison.top1:.1%} "
+        f"({comparison.tokens} held-out {unit}s)"
     )
 
 

@@ -215,9 +215,7 @@ def round_group(readers: Sequence[Reader], scale: Float32, fmt: Format) -> tuple
     whose refitted grid is worse than its plain one keeps the plain one.
     """
     rounded = [_round_weight(reader, scale, fmt) for reader in readers]
-    shares = [_share(reader, readers) for reader in readers]
-    gained = sum(share * (r.plain_loss - r.loss) for share, r in zip(shares, rounded, strict=True))
-    if gained >= 0:
+    if total_loss(readers, rounded) <= total_loss(readers, rounded, plain=True):
         return scale, rounded
     unscaled = np.ones_like(scale)
     rounded = [_round_weight(reader, unscaled, fmt) for reader in readers]
@@ -225,6 +223,12 @@ def round_group(readers: Sequence[Reader], scale: Float32, fmt: Format) -> tuple
         r if r.loss <= r.plain_loss else _plainly_rounded(reader.weight, r, fmt)
         for r, reader in zip(rounded, readers, strict=True)
     ]
+
+
+def total_loss(readers: Sequence[Reader], rounded: Sequence[Rounded], *, plain: bool = False) -> float:
+    """The loss of all `readers` together, by the tokens they saw. plain: of round-to-nearest without a scale."""
+    losses = [one.plain_loss if plain else one.loss for one in rounded]
+    return sum(_share(reader, readers) * loss for reader, loss in zip(readers, losses, strict=True))
 
 
 def _round_weight(reader: Reader, scale: Float32, fmt: Format) -> Rounded:

@@ -26,18 +26,19 @@ Runs = Mapping[str, Sequence[NDArray[np.float64]]]  # what a value holds for eac
 
 
 def trace(
-    model: onnx.ModelProto, folder: Path, groups: Sequence[Group], survey: Survey, feed: Feed
+    models: Sequence[onnx.ModelProto], folder: Path, groups: Sequence[Group], survey: Survey, feed: Feed
 ) -> dict[Group, ChannelMap | Refusal]:
     """For every group with an absorber: the map that all of its inputs have in common, or why there is none.
 
-    model: a copy of the model to take apart. feed: any valid input of it, with no past.
+    models: the model, to be taken apart; several where an If has to be followed both ways. feed: any valid input, with
+    no past.
     """
     routes = skeleton.traced_routes(groups)
     runs: Runs = {}
     failure = None
-    if routes:
+    for model in models if routes else ():
         try:
-            runs = _run(skeleton.build(model, routes, (*survey.sites, *survey.floats)), folder, feed)
+            runs = {**_run(skeleton.build(model, routes, (*survey.sites, *survey.floats)), folder, feed), **runs}
         except RuntimeFailedError as error:
             failure = error
     return {
@@ -50,6 +51,8 @@ def trace(
 
 
 def _run(built: skeleton.Skeleton, folder: Path, feed: Feed) -> Runs:
+    if not built.outputs:
+        return {}
     session = runtime.session(built.model.SerializeToString(), folder)
     needed = {value.name for value in session.get_inputs()}
     digits = _digits_needed(max(size for size, _ in built.drives.values()))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import runtime
-from awq_onnx.calibrate.feeds import Feed, Signature, empty_cache, token_feed
+from awq_onnx.calibrate.feeds import Arrays, Feed, Signature, complete, empty_cache
 from awq_onnx.errors import RuntimeFailedError
 
 Tokens = NDArray[np.int64]
@@ -18,18 +19,24 @@ Advance = Callable[[float], None]
 CACHE_BUDGET_BYTES = 400 << 20  # for the key/value caches of the sequences that are written side by side
 LENGTH_WITHOUT_CACHE = 64  # every token then costs a pass over all before it
 SMALLEST_NOISE = np.float32(1e-30)
+NOTHING: Arrays = MappingProxyType({})
 
 
-def is_causal(session: Any, wanted: Signature) -> bool:
-    """Whether a token's logits depend on the tokens before it alone: changing the last one changes no other."""
+def is_causal(session: Any, wanted: Signature, others: Arrays = NOTHING) -> bool:
+    """Whether a token's logits depend on the tokens before it alone: changing the last one changes no other.
+
+    others: the inputs that do not follow from the tokens, samples along axis 0.
+    """
     tokens = wanted.sequence_length(4)
     if wanted.logits is None or not wanted.vocabulary or wanted.vocabulary < 2 or tokens < 2:
         return False
-    ids = np.zeros((wanted.batch_size(1), tokens), np.int64)
+    batch = wanted.batch_size(1)
+    ids = np.zeros((batch, tokens), np.int64)
     changed = ids.copy()
     changed[:, -1] = 1
     try:
-        first, second = (runtime.run(session, [wanted.logits], token_feed(wanted, one))[0] for one in (ids, changed))
+        feeds = [complete(wanted, {**_rows(others, 0, batch), wanted.text: one}) for one in (ids, changed)]
+        first, second = (runtime.run(session, [wanted.logits], feed)[0] for feed in feeds)
     except RuntimeFailedError:
         return False
     if first.ndim != 3 or first.shape[1] != tokens:
@@ -38,24 +45,41 @@ def is_causal(session: Any, wanted: Signature) -> bool:
     return bool(before_agree and not np.allclose(first[:, -1], second[:, -1]))
 
 
-def generate(session: Any, wanted: Signature, samples: int, length: int, seed: int, advance: Advance) -> Tokens:
+def generate(
+    session: Any, wanted: Signature, samples: int, length: int, seed: int, advance: Advance, others: Arrays = NOTHING
+) -> Tokens:
     """Token ids (samples, length), sampled at temperature 1 from random first tokens.
 
-    advance: told the fraction of the work just done. The same seed gives the same ids.
+    advance: told the fraction of the work just done. others: the inputs that do not follow from the tokens, samples
+    along axis 0. The same seed gives the same ids.
     """
     rng = np.random.default_rng(seed)
-    write = _with_cache if wanted.caches else _without_cache
-    if not wanted.caches:
+    write = _with_cache if wanted.grows_caches else _without_cache
+    if not wanted.grows_caches:
         length = min(length, LENGTH_WITHOUT_CACHE)
     batch = _side_by_side(wanted, samples, length)
     rounds = -(-samples // batch)
-    written = [write(session, wanted, batch, length, rng, lambda part: advance(part / rounds)) for _ in range(rounds)]
-    return np.concatenate(written)[:samples]
+    written = [
+        write(
+            session, wanted, (batch, length), _rows(others, at * batch, batch), rng, lambda part: advance(part / rounds)
+        )
+        for at in range(rounds)
+    ]
+    ids = np.concatenate(written)[:samples]
+    missing = wanted.sequence_length(length) - length
+    return (
+        np.pad(ids, ((0, 0), (0, missing)), "wrap") if missing > 0 else ids
+    )  # the graph may want more than was written
+
+
+def _rows(arrays: Arrays, start: int, count: int) -> Feed:
+    """So many samples; where they end, from the first again."""
+    return {name: values.take(range(start, start + count), axis=0, mode="wrap") for name, values in arrays.items()}
 
 
 def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
     """How many sequences to write at once: as many as the budget for caches allows, in groups of one size."""
-    caches = [empty_cache(wanted.names[past], 1) for past, _ in wanted.caches]
+    caches = [empty_cache(wanted.names[past], 1) for past, _ in wanted.caches] if wanted.grows_caches else []
     per_sequence = 2 * length * sum(one.itemsize * one.shape[1] * one.shape[3] for one in caches)
     most = max(1, CACHE_BUDGET_BYTES // per_sequence) if per_sequence else samples
     rounds = -(-samples // min(most, samples))
@@ -63,12 +87,18 @@ def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
 
 
 def _with_cache(
-    session: Any, wanted: Signature, batch: int, length: int, rng: np.random.Generator, advance: Advance
+    session: Any,
+    wanted: Signature,
+    shape: tuple[int, int],
+    others: Arrays,
+    rng: np.random.Generator,
+    advance: Advance,
 ) -> Tokens:
-    ids = _first_tokens(wanted, batch, length, rng)
+    ids = _first_tokens(wanted, shape, rng)
+    batch, length = shape
     caches = _Caches(wanted, batch, length)
     for position in range(1, length):
-        feed = token_feed(wanted, ids[:, position - 1 : position], caches.past())
+        feed = complete(wanted, {**others, wanted.text: ids[:, position - 1 : position]}, caches.past())
         logits = caches.step(session, feed)
         ids[:, position] = _sample(logits[:, -1], rng)
         advance(1 / (length - 1))
@@ -76,19 +106,28 @@ def _with_cache(
 
 
 def _without_cache(
-    session: Any, wanted: Signature, batch: int, length: int, rng: np.random.Generator, advance: Advance
+    session: Any,
+    wanted: Signature,
+    shape: tuple[int, int],
+    others: Arrays,
+    rng: np.random.Generator,
+    advance: Advance,
 ) -> Tokens:
-    ids = _first_tokens(wanted, batch, length, rng)
+    ids = _first_tokens(wanted, shape, rng)
+    length = shape[1]
     for position in range(1, length):
-        (logits,) = runtime.run(session, [wanted.logits or ""], token_feed(wanted, ids[:, :position]))
-        ids[:, position] = _sample(logits[:, -1], rng)
+        seen = ids[:, :position]
+        after = wanted.sequence_length(position) - position  # a graph of fixed length wants the tokens after it, too
+        feed = complete(wanted, {**others, wanted.text: np.pad(seen, ((0, 0), (0, after)))})
+        (logits,) = runtime.run(session, [wanted.logits or ""], feed)
+        ids[:, position] = _sample(logits[:, position - 1], rng)
         advance(2 * position / (length * (length - 1)))
     return ids
 
 
-def _first_tokens(wanted: Signature, batch: int, length: int, rng: np.random.Generator) -> Tokens:
-    ids = np.zeros((batch, length), np.int64)
-    ids[:, 0] = rng.integers(0, wanted.vocabulary or 2, batch)
+def _first_tokens(wanted: Signature, shape: tuple[int, int], rng: np.random.Generator) -> Tokens:
+    ids = np.zeros(shape, np.int64)
+    ids[:, 0] = rng.integers(0, wanted.vocabulary or 2, len(ids))
     return ids
 
 

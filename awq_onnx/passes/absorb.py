@@ -66,7 +66,7 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """x comes from the output channels of a site: the columns of its weight, and its biases, are divided by s.
+    """x comes from the output channels of a layer: the columns of its weight, and its biases, are divided by s.
 
     output: where s appears, behind the biases. vectors: those biases that other nodes add.
     """
@@ -191,7 +191,10 @@ class _Walker:
         elif node in self.sites:
             yield _arrival(way, Linear(self.sites[node], way.output or value, way.vectors))
         elif node in self.floats:
-            yield Refusal(node_name(node), f"the {node.op_type} before it is not quantised")
+            if self.is_alone(self.floats[node]):
+                yield _arrival(way, Linear(self.floats[node], way.output or value, way.vectors))
+            else:
+                yield Refusal(node_name(node), f"the {node.op_type} before it has a weight that others read")
         elif gains := _gain_vectors(node, value, self.facts):
             yield _arrival(way, Gain(node, way.output or value, (*gains, *way.vectors)))
         else:
@@ -232,6 +235,10 @@ class _Walker:
                 found[one] = None
                 one = self.branch_outputs.get(one)
         return list(found)
+
+    def is_alone(self, layer: Site) -> bool:
+        """Whether a layer kept in float has a weight that nothing else reads, so that it may be changed."""
+        return all(len(value.uses()) == 1 for value in (layer.weight, layer.node.inputs[1]) if value is not None)
 
     def is_cache(self, output: str) -> bool:
         return self.own_caches and any(is_cache_pair(past, output) for past in self.graph.inputs)
@@ -318,8 +325,13 @@ class _Readers:
                 self._select(node)
             elif index == 0 and node.op_type in SELECTS and node.domain in STANDARD_DOMAINS:
                 self.untouched.extend(node.outputs)
-            elif index == 0 and not self._moved and self._can_compensate(node):
-                self.compensated.append(self._walker.floats[node])
+            elif (
+                index == 0
+                and not self._moved
+                and (kept := self._walker.floats.get(node))
+                and self._walker.is_alone(kept)
+            ):
+                self.compensated.append(kept)
             else:
                 return Refusal(node_name(node), f"{node.op_type} reads {what}")
         return None
@@ -328,11 +340,6 @@ class _Readers:
         """What a Split on the way hands to others."""
         if node.op_type == "Split":
             self.untouched.extend(node.outputs)
-
-    def _can_compensate(self, node: ir.Node) -> bool:
-        """Whether a layer kept in float has a weight of its own."""
-        site = self._walker.floats.get(node)
-        return site is not None and all(len(v.uses()) == 1 for v in (site.weight, node.inputs[1]) if v is not None)
 
 
 def _merge_tied(groups: Sequence[Group], sites: Sequence[Site], walker: _Walker) -> tuple[Group, ...]:

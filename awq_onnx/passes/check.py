@@ -11,9 +11,7 @@ from awq_onnx import codec
 from awq_onnx.errors import InternalError
 from awq_onnx.passes.bodies import all_nodes
 from awq_onnx.passes.constants import constant
-from awq_onnx.passes.sites import node_name
-
-LAYERS = ("MatMul", "Gemm", "FusedMatMul")  # what MatMulNBits may stand in the place of
+from awq_onnx.passes.sites import LAYER_OPS, node_name
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ def outline_of(graph: ir.Graph) -> Outline:
     )
 
 
-def check(graph: ir.Graph, before: Outline) -> None:
-    """Same inputs and outputs, no op added but MatMulNBits in the place of layers, its tensors of the right shapes."""
+def check(graph: ir.Graph, before: Outline, *, muls: int = 0) -> None:
+    """Same inputs and outputs, no op added but MatMulNBits in the place of layers and as many Mul nodes as `muls`."""
     after = outline_of(graph)
     if (after.inputs, after.outputs) != (before.inputs, before.outputs):
         raise InternalError("the inputs or outputs of the model changed")
     added = after.ops - before.ops
-    replaced = sum(before.ops[op] - after.ops[op] for op in LAYERS)
-    if set(added) - {"MatMulNBits"} or added["MatMulNBits"] != replaced:
+    replaced = sum(before.ops[op] - after.ops[op] for op in LAYER_OPS)
+    if added != Counter({"MatMulNBits": replaced, "Mul": muls}):
         raise InternalError(f"nodes were added: {dict(added)}, {replaced} layers replaced")
     for node in all_nodes(graph):
         if node.op_type == "MatMulNBits":

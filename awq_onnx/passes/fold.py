@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,48 @@ def divide_vector(graph: ir.Graph, vector: Vector, scale: NDArray[np.float32]) -
     replace_constant(graph, vector.node, vector.index, ir.Tensor(values, dtype=vector.tensor.dtype))
 
 
-def multiply_rows(graph: ir.Graph, site: Site, weight: NDArray[Any], scale: NDArray[np.float32]) -> None:
-    """Multiply the rows of a layer that stays in float, so that it reads x / s as it read x. weight: (K, N)."""
-    multiplied = (weight.astype(np.float64) * scale[:, None]).astype(site.dtype.numpy())
-    written = np.ascontiguousarray(multiplied.T if site.node.attributes.get_int("transB", 0) else multiplied)
-    replace_constant(graph, site.node, 1, ir.Tensor(written, dtype=site.dtype))
+def rescale_layer(
+    graph: ir.Graph,
+    site: Site,
+    weight: NDArray[Any],
+    rows: NDArray[np.float32] | None,
+    columns: NDArray[np.float32] | None,
+) -> None:
+    """Change a layer that stays in float: multiply the rows of its weight (K, N), so that it reads x / s as it read x;
+    divide the columns, and the bias, by what its readers want.
+    """
+    changed = weight.astype(np.float64) / site.factor
+    if rows is not None:
+        changed *= rows[:, None]
+    if columns is not None:
+        changed /= columns
+    written = changed.T if site.node.attributes.get_int("transB", 0) else changed
+    replace_constant(graph, site.node, 1, _typed(written, site.dtype))
+    if columns is not None and site.bias is not None:
+        bias = np.broadcast_to(site.bias.numpy().astype(np.float64).reshape(-1), columns.shape)
+        replace_constant(graph, site.node, 2, _typed(bias / columns, site.dtype))
+
+
+def _typed(values: NDArray[np.float64], dtype: ir.DataType) -> ir.Tensor[Any]:
+    return ir.Tensor(np.ascontiguousarray(values).astype(dtype.numpy()), dtype=dtype)
+
+
+def insert_mul(graph: ir.Graph, value: ir.Value, sites: Sequence[Site], factor: NDArray[np.float32]) -> ir.Node:
+    """Give `sites` value * factor, factor (K,), in the place of value: what is left where nothing absorbs a scale."""
+    first = sites[0].node
+    name = f"{value.name}.scaled"
+    tensor = ir.Tensor(factor.astype(sites[0].dtype.numpy()), name=f"{name}.by")
+    constant = ir.val(tensor.name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+    graph.register_initializer(constant)
+    node = ir.node("Mul", [value, constant], name=name)
+    made = node.outputs[0]
+    made.name, made.type, made.shape = name, value.type, value.shape
+    holder = first.graph
+    assert isinstance(holder, ir.Graph)
+    holder.insert_before(first, node)
+    for site in sites:
+        site.node.replace_input_with(0, made)
+    return node
 
 
 def replace_constant(graph: ir.Graph, node: ir.Node, index: int, tensor: ir.Tensor[Any]) -> None:

@@ -12,6 +12,7 @@ from awq_onnx.passes.bodies import all_nodes, branch_outputs
 from awq_onnx.passes.constants import STANDARD_DOMAINS, Opsets, computed, constant, is_computed
 from awq_onnx.passes.facts import Facts, facts_of
 
+LAYER_OPS = ("MatMul", "Gemm", "FusedMatMul")  # what MatMulNBits may stand in the place of
 QUANTIZED_OPS = frozenset({"MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"})
 FEW_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2})
 QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
@@ -79,12 +80,17 @@ class Choice:
     exclude: tuple[str, ...] = ()
 
     def refuses(self, name: str) -> str | None:
-        pattern = next((p for p in self.exclude if fnmatchcase(name, p)), None)
+        pattern = next((p for p in self.exclude if fits(name, p)), None)
         if pattern is not None:
             return f"--exclude {pattern} names it"
-        if self.include and not any(fnmatchcase(name, p) for p in self.include):
+        if self.include and not any(fits(name, p) for p in self.include):
             return "no --include names it"
         return None
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a node name fits a shell pattern; * goes over slashes too."""
+    return fnmatchcase(name, pattern)
 
 
 @dataclass(frozen=True)

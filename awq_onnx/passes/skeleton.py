@@ -63,7 +63,7 @@ def build(model: onnx.ModelProto, routes: Sequence[Route], layers: Iterable[Site
     made = {name for node in nodes for name in node.output}
     outputs = _outputs(routes, made)
     drives = {drive_name(a): (a.channels, _dtype(a)) for a in driven.values()}
-    _replace(model.graph, _leading_to(nodes, outputs), outputs, drives)
+    _replace(model.graph, leading_to(nodes, outputs), outputs, drives)
     return Skeleton(model, drives, outputs)
 
 
@@ -130,7 +130,7 @@ def _drop_inner_biases(nodes: Sequence[onnx.NodeProto], routes: Sequence[Route])
             node.input[inner[node.output[0]]] = ""
 
 
-def _leading_to(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+def leading_to(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
     """The nodes that take part in making `outputs`, in order: the weights of all others need not be there."""
     wanted, needed = set(outputs), []
     for node in reversed(nodes):

@@ -1,0 +1,158 @@
+"""Make whole inputs for a model: the other half of an encoder-decoder, what it writes itself, made-up numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from awq_onnx import runtime
+from awq_onnx.calibrate import companion, synthetic
+from awq_onnx.calibrate.feeds import ADVICE, DECODER_TOKENS, ENCODER_STATES, MASK, TOKENS, Arrays, Feed, Signature, complete, signature
+from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, Tokens, generate, is_causal
+from awq_onnx.calibrate.hints import Hints, read_hints
+from awq_onnx.errors import CalibrationError, RuntimeFailedError
+from awq_onnx.progress import Progress
+from awq_onnx.recipe import Recipe
+from awq_onnx.store import OpenedModel, open_model
+
+RANDOM = "random inputs"
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes inputs for one model; arrays have samples along axis 0."""
+
+    opened: OpenedModel
+    wanted: Signature
+    hints: Hints
+    recipe: Recipe
+    progress: Progress
+
+    @classmethod
+    def of(cls, opened: OpenedModel, recipe: Recipe, progress: Progress, wanted: Signature | None = None) -> Maker:
+        hints = read_hints(opened.path)
+        wanted = wanted or signature(opened.model.graph)
+        return cls(opened, replace(wanted, vocabulary=wanted.vocabulary or hints.vocabulary), hints, recipe, progress)
+
+    @cached_property
+    def session(self) -> Any:
+        return runtime.session(self.opened.serialize(), self.opened.folder)
+
+    def fill(self, given: Arrays, samples: int) -> tuple[Arrays, str]:
+        """`given` plus every input that does not follow from others; and what to call a sample, for people.
+
+        Raises CalibrationError where that cannot be.
+        """
+        if not synthetic.missing(self.wanted, given):
+            return given, RANDOM
+        known = self.with_states(given, samples)
+        length = self.longest(known)
+        made = self._made(known, samples, length)
+        if self.wanted.needs_past and not any(name.startswith("past") for name in given):
+            self.progress.note("There is no decoder beside the model that makes its caches: they are random numbers.")
+        if self.wanted.text in given or not self._can_write(made, length):
+            return made, RANDOM
+        ids = self._written(made, samples, length)
+        return {**made, self.wanted.text: ids}, f"sequences of {ids.shape[1]} tokens that the model wrote itself"
+
+    def with_states(self, given: Arrays, samples: int) -> Arrays:
+        """`given` plus what the encoder beside the model makes, where the model wants that and there is one."""
+        if ENCODER_STATES not in self.wanted.names or ENCODER_STATES in given:
+            return given
+        path = companion.encoder_beside(self.opened, self.wanted)
+        if path is None:
+            self.progress.note(
+                f"There is no encoder beside the model: its {ENCODER_STATES} are random numbers. "
+                f"The encoder in the same folder, or inputs of your own (--calibration data.npz), give a better model."
+            )
+            return given
+        self.progress.stage(f"Running {path.name} for the states that the decoder reads")
+        with open_model(path) as opened:
+            encoder = Maker.of(opened, self.recipe, self.progress)
+            arrays, _ = encoder.fill(encoder._read_by_encoder(given), samples)
+            return {**given, ENCODER_STATES: companion.states_of(encoder.session, encoder.wanted, arrays)}
+
+    def _read_by_encoder(self, given: Arrays) -> Arrays:
+        """What an encoder of tokens reads where the decoder is given these: the same text, under the mask for it."""
+        if TOKENS not in self.wanted.names:
+            return {}
+        tokens, mask = given.get(TOKENS), given.get(f"encoder_{MASK}")
+        if mask is None:
+            return {TOKENS: tokens} if tokens is not None else {}
+        if tokens is None or tokens.shape != mask.shape:
+            tokens = self._rng().integers(0, self.wanted.vocabulary or 2, mask.shape)
+        return {TOKENS: tokens, MASK: mask}
+
+    def longest(self, known: Arrays) -> int:
+        """The most tokens, up to what is wanted, that the model runs with: the positions it has learned may be fewer.
+
+        Found by trying, with the first samples of `known` (see `with_states`).
+        """
+        wished = self.recipe.sequence_length
+        if DECODER_TOKENS in self.wanted.names:  # the encoder in the same graph runs for every token that is written
+            wished = min(wished, LENGTH_WITHOUT_CACHE)
+        wished = self.wanted.sequence_length(wished)
+        shape = None
+        for length in _lengths(wished, self.hints.positions if self.wanted.takes_tokens else None):
+            feed = self._first_feed(known, length)
+            if shape == (shape := {name: values.shape for name, values in feed.items()}):
+                continue  # the length changes nothing
+            try:
+                runtime.run(self.session, [self.wanted.outputs[0]], feed)
+            except RuntimeFailedError as error:
+                failure = f"the model does not run on inputs made for it, {_shapes(feed)}: {ADVICE} ({error})"
+                continue
+            if length < wished:
+                name = self.opened.path.name if self.opened.path else "the model"
+                self.progress.note(f"Sequences of {length} tokens for {name}: {wished} are more than it takes.")
+            return length
+        raise CalibrationError(failure)
+
+    def _first_feed(self, known: Arrays, length: int) -> Feed:
+        batch = self.wanted.batch_size(1)
+        first = {name: values[:batch] for name, values in known.items()}
+        return complete(self.wanted, self._made(first, batch, length))
+
+    def _made(self, known: Arrays, samples: int, length: int) -> Arrays:
+        return synthetic.fill(self.wanted, known, samples, length, self.hints, self._rng())
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.recipe.seed)
+
+    def _can_write(self, made: Arrays, length: int) -> bool:
+        """Whether it is a language model that can go on from its own tokens."""
+        wanted = self.wanted
+        if not wanted.logits or not wanted.takes_tokens or wanted.needs_past:
+            return False
+        return length > 1 and is_causal(self.session, wanted, _without(made, wanted.text))
+
+    def _written(self, made: Arrays, samples: int, length: int) -> Tokens:
+        self.progress.stage("Writing calibration text with the model itself")
+        if not self.wanted.grows_caches and length > LENGTH_WITHOUT_CACHE:
+            self.progress.note(
+                f"With no key/value cache the model writes its text {LENGTH_WITHOUT_CACHE} tokens at a time, "
+                "slowly. Text of your own (--calibration file.txt) would be faster."
+            )
+        others = _without(made, self.wanted.text)
+        return generate(self.session, self.wanted, samples, length, self.recipe.seed, self.progress.advance, others)
+
+
+def _lengths(wished: int, positions: int | None) -> Iterator[int]:
+    length = min(wished, positions or wished)
+    while length:
+        yield length
+        length //= 2
+
+
+def _without(arrays: Arrays, name: str) -> Arrays:
+    return {other: values for other, values in arrays.items() if other != name}
+
+
+def _shapes(feed: Feed) -> str:
+    """The names and shapes of all inputs but the caches."""
+    shapes = ((name, " x ".join(map(str, one.shape)) or "a number") for name, one in feed.items() if name[:4] != "past")
+    return ", ".join(f"{name} {shape}" for name, shape in shapes)
