@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from awq_onnx._version import __version__
 from awq_onnx.errors import AwqOnnxError, InternalError, RecipeError
-from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, Recipe, help_of
+from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, LM_HEADS, Recipe, help_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     choice = parser.add_argument_group("which layers, and how")
     for name in ("include", "exclude"):
         choice.add_argument(f"--{name}", action="append", default=[], metavar="PATTERN", help=help_of(name))
+    choice.add_argument("--lm-head", choices=LM_HEADS, default=Recipe().lm_head, help=help_of("lm_head"))
     choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
 
     format_group = parser.add_argument_group("format")

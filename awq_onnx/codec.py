@@ -1,4 +1,4 @@
-"""THE definition of the numbers: how a weight becomes the 4-bit codes of `com.microsoft::MatMulNBits`, and back.
+"""THE definition of the numbers: how a weight becomes the codes of `com.microsoft::MatMulNBits`, and back.
 
 The search, the reference kernel and the writer all call this module; nothing else rounds or packs a weight.
 Format: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, com.microsoft.MatMulNBits:
@@ -19,18 +19,24 @@ from numpy.typing import DTypeLike, NDArray
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
-BITS = 4
-MAX_CODE = 2**BITS - 1
-MIDDLE_CODE = 2 ** (BITS - 1)  # the zero point where none is stored
+
+def max_code(bits: int) -> int:
+    return (1 << bits) - 1
+
+
+def middle_code(bits: int) -> int:
+    """The zero point where none is stored."""
+    return 1 << (bits - 1)
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales."""
+    """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales, bits of a code."""
 
     block_size: int
     symmetric: bool
     scale_dtype: np.dtype[np.generic]
+    bits: int = 4
 
     def blocks_of(self, K: int) -> int:
         return -(-K // self.block_size)
@@ -41,11 +47,12 @@ class Grid:
     """Scale and zero point of every block: float32 (G, N) each.
 
     `scales` hold values that `Format.scale_dtype` represents exactly (see `round_scales`) and are never 0;
-    `zero_points` hold integers 0 .. 15.
+    `zero_points` hold integers 0 .. 2^bits - 1.
     """
 
     scales: Float32
     zero_points: Float32
+    bits: int = 4
 
 
 def to_blocks(weight: Float32, block_size: int) -> Float32:
@@ -77,19 +84,21 @@ def minmax_grid(blocks: Float32, fmt: Format) -> Grid:
     """The plain grid of round-to-nearest. blocks (G, b, N).
 
     With zero points the codes cover [min(block, 0), max(block, 0)], so that 0 stays exactly 0.
-    Symmetric: the full signed range, scale = (the value of largest magnitude) / -8, which may be negative;
-    it wastes no code and beats max|w| / 7 by a third of the error.
+    Symmetric: the full signed range, scale = (the value of largest magnitude) / -8 (at 4 bits), which may be
+    negative; it wastes no code and beats max|w| / 7 by a third of the error.
     """
     if fmt.symmetric:
         low, high = blocks.min(axis=1), blocks.max(axis=1)  # (G, N)
         extreme = np.where(-low >= high, low, high)
-        scales = round_scales(extreme / np.float32(-MIDDLE_CODE), fmt.scale_dtype)
-        return Grid(scales, np.full_like(scales, MIDDLE_CODE))
+        middle = middle_code(fmt.bits)
+        scales = round_scales(extreme / np.float32(-middle), fmt.scale_dtype)
+        return Grid(scales, np.full_like(scales, middle), fmt.bits)
     low = np.minimum(blocks.min(axis=1), 0)  # (G, N)
     high = np.maximum(blocks.max(axis=1), 0)
-    scales = round_scales((high - low) / np.float32(MAX_CODE), fmt.scale_dtype)
-    zero_points = np.clip(np.rint(-low / scales), 0, MAX_CODE)
-    return Grid(scales, zero_points)
+    largest = max_code(fmt.bits)
+    scales = round_scales((high - low) / np.float32(largest), fmt.scale_dtype)
+    zero_points = np.clip(np.rint(-low / scales), 0, largest)
+    return Grid(scales, zero_points, fmt.bits)
 
 
 def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
@@ -97,7 +106,7 @@ def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Fl
     steps: Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
     np.rint(steps, out=steps)
     np.maximum(steps, -grid.zero_points[:, None, :], out=steps)
-    np.minimum(steps, (MAX_CODE - grid.zero_points)[:, None, :], out=steps)
+    np.minimum(steps, (max_code(grid.bits) - grid.zero_points)[:, None, :], out=steps)
     return steps
 
 
@@ -108,31 +117,35 @@ def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Floa
 
 
 def pack(centred: Float32, grid: Grid) -> UInt8:
-    """The bytes of MatMulNBits' input B: uint8 (N, G, b/2), the even element in the low nibble."""
+    """The bytes of MatMulNBits' input B: uint8 (N, G, b * bits / 8), of 4 bits the even element in the low nibble."""
     codes = (centred + grid.zero_points[:, None, :]).astype(np.uint8)  # (G, b, N)
-    nibbles = codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (G, b/2, N)
-    return np.ascontiguousarray(nibbles.transpose(2, 0, 1))  # (N, G, b/2)
+    if grid.bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))  # (G, b/2, N)
+    return np.ascontiguousarray(codes.transpose(2, 0, 1))  # (N, G, b * bits / 8)
 
 
-def unpack(packed: UInt8) -> UInt8:
-    """The codes 0 .. 15 of packed bytes: uint8 (N, G, b/2) -> (N, G, b)."""
-    codes: UInt8 = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, G, b/2, 2)
+def unpack(packed: UInt8, bits: int = 4) -> UInt8:
+    """The codes of packed bytes: uint8 (N, G, b * bits / 8) -> (N, G, b)."""
+    if bits == 8:
+        return packed
+    codes: UInt8 = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)  # (N, G, b/2, 2)
     return codes.reshape(*packed.shape[:2], -1)  # (N, G, b)
 
 
-def pack_zero_points(zero_points: Float32) -> UInt8:
-    """The bytes of MatMulNBits' input zero_points: (G, N) -> uint8 (N, ceil(G/2)), each row padded to whole bytes."""
-    codes = zero_points.T.astype(np.uint8)  # (N, G)
+def pack_zero_points(zero_points: Float32, bits: int = 4) -> UInt8:
+    """The bytes of MatMulNBits' input zero_points: (G, N) -> uint8 (N, ceil(G * bits / 8)), rows of whole bytes."""
+    codes = np.ascontiguousarray(zero_points.T.astype(np.uint8))  # (N, G)
+    if bits == 8:
+        return codes
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    packed = codes[:, 0::2] | (codes[:, 1::2] << BITS)  # (N, ceil(G/2))
+    packed = codes[:, 0::2] | (codes[:, 1::2] << 4)  # (N, ceil(G/2))
     return packed.astype(np.uint8, copy=False)
 
 
-def unpack_zero_points(packed: UInt8, blocks: int) -> UInt8:
-    """uint8 (N, ceil(G/2)) -> (N, G) zero points 0 .. 15."""
-    codes: UInt8 = np.stack([packed & MAX_CODE, packed >> BITS], axis=-1)  # (N, ceil(G/2), 2)
-    return codes.reshape(packed.shape[0], -1)[:, :blocks]  # (N, G)
+def unpack_zero_points(packed: UInt8, blocks: int, bits: int = 4) -> UInt8:
+    """uint8 (N, ceil(G * bits / 8)) -> (N, G) zero points."""
+    return unpack(packed[:, None, :], bits).reshape(packed.shape[0], -1)[:, :blocks]  # (N, G)
 
 
 def pack_scales(scales: Float32, dtype: DTypeLike) -> NDArray[np.generic]:

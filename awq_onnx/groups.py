@@ -13,6 +13,7 @@ from awq_onnx import codec, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format, UInt8
 from awq_onnx.errors import WeightError
+from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
 from awq_onnx.search import InputStatistics, Reader, Rounded, ScaleChoice, ScaleLimits
@@ -34,6 +35,7 @@ class SiteResult:
     codes: ir.TensorProtocol
     scales: Float32
     zero_points: UInt8 | None
+    bits: int
     loss: float
     plain_loss: float
     energy: float
@@ -93,7 +95,10 @@ def quantize_group(
     absorbers = _absorbers(group, channels, seen)
     sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
     foldable = () if isinstance(absorbers, Refusal) else absorbers
-    choice = search.search_scale(readers, fmt, _limits(group, foldable, sources, seen.values(), opened))
+    if any(embedding.lookups(site) for site in group.sites):
+        choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
+    else:
+        choice = search.search_scale(readers, fmt, _limits(group, foldable, sources, seen.values(), opened))
     scale, rounded = search.round_group(readers, choice.scale, fmt)
     mul_loss, multiplied = None, False
     if not foldable:
@@ -104,7 +109,7 @@ def quantize_group(
             scale, rounded = np.ones_like(scale), unscaled
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
-    divided = tuple(_divided(one, sources, scale) for one in foldable)
+    divided = tuple(divisor(one, sources, scale) for one in foldable)
     results = {
         site: result
         for sites, one in zip(layers, rounded, strict=True)
@@ -138,6 +143,8 @@ def _absorbers(
         return channels
     if not seen:
         return Refusal(group.name, "calibration does not run it")
+    if any(embedding.lookups(site) for site in group.sites):
+        return Refusal(group.name, "its weight is the table of the embedding as well")
     return tuple(route.absorber for route in group.routes)
 
 
@@ -146,14 +153,16 @@ def _written(
 ) -> list[SiteResult]:
     """The codes of one weight in the data file, for every site that has it."""
     codes = files.append(f"{names[sites[0]]}.codes", codec.pack(rounded.centred, rounded.grid))
-    zero_points = None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points)
+    zero_points = None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points, fmt.bits)
     return [
-        SiteResult(site, codes, rounded.grid.scales, zero_points, rounded.loss, rounded.plain_loss, rounded.energy)
+        SiteResult(
+            site, codes, rounded.grid.scales, zero_points, fmt.bits, rounded.loss, rounded.plain_loss, rounded.energy
+        )
         for site in sites
     ]
 
 
-def _divided(absorber: Absorber, sources: ChannelMap, scale: Float32) -> Float32:
+def divisor(absorber: Absorber, sources: ChannelMap, scale: Float32) -> Float32:
     """The scale of the inputs (K,) as the absorber's channels see it; 1 where a channel does not arrive."""
     divided = np.ones(absorber.channels, np.float32)
     divided[sources] = scale

@@ -24,7 +24,7 @@ from awq_onnx.comparison import Comparison, compare_sessions
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.meter import Meter
-from awq_onnx.passes import check, fold, rewrite, sites
+from awq_onnx.passes import check, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, Linear, find_groups
 from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.inline import inline_functions
@@ -57,8 +57,6 @@ def quantize(
     recipe, progress = recipe or Recipe(), progress or Silent()
     with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
         wanted, original = signature(opened.model.graph), opened.serialize()
-        inline_functions(opened.model)
-        separate_names(opened.model.graph)
         plan = make_plan(opened.model, recipe)
         groups.check_weights(plan.survey.sites, opened)
         with meter.stage("calibration data"):
@@ -99,10 +97,12 @@ class Plan:
 
 
 def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
-    """Look at the graph, change nothing, read no weight.
+    """Look at the graph; read no weight, change nothing but where layers are hidden in functions: those are inlined.
 
-    Raises AlreadyQuantizedError, NothingToQuantizeError.
+    Raises AlreadyQuantizedError, NothingToQuantizeError, RecipeError.
     """
+    inline_functions(model)
+    separate_names(model.graph)
     quantized = sites.quantized_nodes(model.graph)
     if quantized:
         raise AlreadyQuantizedError(
@@ -110,7 +110,7 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
             "start from the original model"
         )
     recipe = recipe or Recipe()
-    survey = sites.survey(model, Choice(recipe.include, recipe.exclude))
+    survey = sites.survey(model, Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None))
     _check_patterns(recipe, survey)
     if not survey.sites:
         kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
@@ -140,14 +140,14 @@ def _calibrate_and_search(
     runtime.give_back_memory()
     progress.stage("Tracing channels")
     straight = straighten(opened, plan.survey, calibration_data.feeds[0])
-    maps = _trace(plan, straight, calibration_data)
+    maps = trace_channels(plan, straight, calibration_data)
     names = rewrite.weight_names(plan.survey.sites)
     progress.stage("Calibrating and searching")
     results = []
     for finished in segments.collect(straight.opened, plan.groups, calibration_data.feeds, advance=progress.advance):
         while finished:
             group, statistics = finished.pop(0)
-            fmt = Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()))
+            fmt = _format(group, recipe)
             results.append(
                 groups.quantize_group(
                     group, maps.get(group), statistics, fmt, opened, files, names, allow_mul=recipe.allow_mul
@@ -158,7 +158,15 @@ def _calibrate_and_search(
     return sorted(results, key=lambda result: order[result.group])
 
 
-def _trace(plan: Plan, straight: Straight, calibration_data: CalibrationData) -> dict[Group, ChannelMap | Refusal]:
+def _format(group: Group, recipe: Recipe) -> Format:
+    bits = recipe.lm_head_bits if all(site.is_head for site in group.sites) else None
+    return Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()), bits or 4)
+
+
+def trace_channels(
+    plan: Plan, straight: Straight, calibration_data: CalibrationData
+) -> dict[Group, ChannelMap | Refusal]:
+    """For every group with an absorber, which of its channels arrives where; or why that is not known."""
     opened = straight.opened
     feed = shortened(calibration_data.held_out[0], signature(opened.model.graph))
     models = [ir.to_proto(opened.model), *([straight.others] if straight.others is not None else [])]
@@ -172,19 +180,23 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
     divided = _fold(opened, results)
     muls = _insert_muls(model.graph, results)
     packed: dict[tuple[str, bytes], rewrite.PackedWeight] = {}
+    tables = 0
     for result in results:
         for site in result.sites:
-            rewrite.to_matmul_nbits(
+            gathers = embedding.lookups(site.site)
+            layer = rewrite.to_matmul_nbits(
                 model,
                 site.site,
                 _packed(site, divided.get(site.site), files, packed),
                 block_size=recipe.block_size,
+                bits=site.bits,
                 accuracy_level=recipe.accuracy_level,
                 metadata=_metadata(result, site),
             )
+            tables += embedding.share(model, layer, gathers)
     model.metadata_props["awq_onnx.version"] = __version__
     model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
-    check.check(model.graph, before, muls=muls)
+    check.check(model.graph, before, muls=muls, tables=tables)
 
 
 def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:

@@ -9,9 +9,10 @@ from awq_onnx.errors import RecipeError
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 4)
+LM_HEADS = ("none", "8", "4")
 
 
-def _setting(default: int | bool | tuple[str, ...], description: str) -> Any:
+def _setting(default: int | bool | str | tuple[str, ...], description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
@@ -29,6 +30,9 @@ class Recipe:
     accuracy_level: int = _setting(
         4, "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this)"
     )
+    lm_head: str = _setting(
+        "none", "bits of the layer that makes the logits, and of an embedding that shares its weight"
+    )
     include: tuple[str, ...] = _setting((), "quantise only nodes whose name fits this pattern (*, ?), may be repeated")
     exclude: tuple[str, ...] = _setting((), "leave nodes whose name fits this pattern as they are, may be repeated")
     allow_mul: bool = _setting(
@@ -42,12 +46,17 @@ class Recipe:
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("symmetric", self.symmetric, (False, True))
         _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        _one_of("lm_head", self.lm_head, LM_HEADS)
         _one_of("allow_mul", self.allow_mul, (False, True))
         _patterns("include", self.include)
         _patterns("exclude", self.exclude)
         _in_range("samples", self.samples, 1, 65536)
         _in_range("sequence_length", self.sequence_length, 2, 65536)
         _in_range("seed", self.seed, 0, 2**32 - 1)
+
+    @property
+    def lm_head_bits(self) -> int | None:
+        return None if self.lm_head == "none" else int(self.lm_head)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +69,7 @@ def help_of(name: str) -> str:
     return f"{setting.metadata['help']}" + ("" if isinstance(default, bool | tuple) else f" (default {default})")
 
 
-def _one_of(name: str, value: object, choices: tuple[int, ...]) -> None:
+def _one_of(name: str, value: object, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
 

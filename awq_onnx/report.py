@@ -20,7 +20,7 @@ from awq_onnx.recipe import Recipe
 
 @dataclass(frozen=True)
 class MatMulReport:
-    """One quantised MatMul.
+    """One quantised MatMul: K in, N out, `bits` a weight.
 
     alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
     node that is ("norm gain", "MatMul", or a "Mul" that was added). Where there is none, reason: why, blocked_by:
@@ -32,6 +32,7 @@ class MatMulReport:
     name: str
     K: int
     N: int
+    bits: int
     alpha: float
     folded_into: str | None
     fold: str | None
@@ -82,7 +83,7 @@ class Report:
         """The summary: what a person wants to know, a label and a text each."""
         rows = [
             ("Output", f"{self.output}, {_size(self.size_after_bytes)} (original {_size(self.size_before_bytes)})"),
-            ("Quantised", f"{len(self.matmuls)} MatMuls to 4 bits, {_format(self.recipe)}"),
+            ("Quantised", f"{_counts(self.matmuls)}, {_format(self.recipe)}"),
             ("Scales", _scales(self.matmuls)),
         ]
         rows += [("Left alone", text) for text in _grouped((one.reason, one.what) for one in self.kept)]
@@ -117,6 +118,7 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
         name=site.site.name,
         K=site.site.K,
         N=site.site.N,
+        bits=site.bits,
         alpha=result.choice.alpha,
         folded_into=_places(result),
         fold=_kind(result),
@@ -198,6 +200,12 @@ def _output_error(comparison: Comparison) -> str:
         f"KL {comparison.kl_mean:.3f}{error} nats per {unit}, same {choice} {comparison.top1:.1%} "
         f"({comparison.tokens} held-out {unit}s)"
     )
+
+
+def _counts(matmuls: Iterable[MatMulReport]) -> str:
+    """210 MatMuls to 4 bits, 1 to 8 bits."""
+    first, *others = sorted(Counter(one.bits for one in matmuls).items())
+    return ", ".join([f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)])
 
 
 def _format(recipe: Recipe) -> str:

@@ -254,7 +254,7 @@ def _round_weight(reader: Reader, scale: Float32, fmt: Format) -> Rounded:
     map_columns(N, work)
     return Rounded(
         centred=centred,
-        grid=Grid(scales, zero_points),
+        grid=Grid(scales, zero_points, fmt.bits),
         loss=statistics.loss(error),
         plain_loss=statistics.loss(plain_error),
         energy=statistics.loss(weight),
@@ -299,12 +299,13 @@ def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
     start = codec.minmax_grid(blocks, fmt)
     weighted = h * blocks  # (G, b, n)
     codes, scratch = np.empty_like(blocks), np.empty_like(blocks)
-    best = Grid(start.scales.copy(), start.zero_points.copy())
+    best = replace(start, scales=start.scales.copy(), zero_points=start.zero_points.copy())
     best_gain = np.full(start.scales.shape, -np.inf, np.float32)  # (G, n)
     for offset in (0,) if fmt.symmetric else ZERO_POINT_OFFSETS:
-        zero_points = np.clip(start.zero_points + offset, 0, codec.MAX_CODE)
+        zero_points = np.clip(start.zero_points + offset, 0, codec.max_code(fmt.bits))
         for shrink in SHRINKS:
-            first = Grid(codec.round_scales(start.scales * np.float32(shrink), fmt.scale_dtype), zero_points)
+            shrunk = codec.round_scales(start.scales * np.float32(shrink), fmt.scale_dtype)
+            first = Grid(shrunk, zero_points, fmt.bits)
             along, power = _moments(codec.centred_codes(blocks, first, out=codes), weighted, h, scratch)
             scales = _fitted_scales(along, power, first.scales, fmt)
             gain = scales * (2 * along - scales * power)  # how far sum h w^2 falls
@@ -314,7 +315,7 @@ def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
             np.copyto(best.zero_points, zero_points, where=better)
     for _ in range(POLISHES):
         along, power = _moments(codec.centred_codes(blocks, best, out=codes), weighted, h, scratch)
-        best = Grid(_fitted_scales(along, power, best.scales, fmt), best.zero_points)
+        best = replace(best, scales=_fitted_scales(along, power, best.scales, fmt))
     return codes, best
 
 

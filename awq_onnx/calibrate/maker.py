@@ -11,7 +11,18 @@ import numpy as np
 
 from awq_onnx import runtime
 from awq_onnx.calibrate import companion, synthetic
-from awq_onnx.calibrate.feeds import ADVICE, DECODER_TOKENS, ENCODER_STATES, MASK, TOKENS, Arrays, Feed, Signature, complete, signature
+from awq_onnx.calibrate.feeds import (
+    ADVICE,
+    DECODER_TOKENS,
+    ENCODER_STATES,
+    MASK,
+    TOKENS,
+    Arrays,
+    Feed,
+    Signature,
+    complete,
+    signature,
+)
 from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, Tokens, generate, is_causal
 from awq_onnx.calibrate.hints import Hints, read_hints
 from awq_onnx.errors import CalibrationError, RuntimeFailedError
@@ -95,14 +106,14 @@ class Maker:
         wished = self.recipe.sequence_length
         if DECODER_TOKENS in self.wanted.names:  # the encoder in the same graph runs for every token that is written
             wished = min(wished, LENGTH_WITHOUT_CACHE)
-        wished = self.wanted.sequence_length(wished)
+        wished, session = self.wanted.sequence_length(wished), self.session
         shape = None
         for length in _lengths(wished, self.hints.positions if self.wanted.takes_tokens else None):
             feed = self._first_feed(known, length)
             if shape == (shape := {name: values.shape for name, values in feed.items()}):
                 continue  # the length changes nothing
             try:
-                runtime.run(self.session, [self.wanted.outputs[0]], feed)
+                runtime.run(session, [self.wanted.outputs[0]], feed)
             except RuntimeFailedError as error:
                 failure = f"the model does not run on inputs made for it, {_shapes(feed)}: {ADVICE} ({error})"
                 continue

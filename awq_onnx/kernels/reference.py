@@ -17,25 +17,31 @@ from awq_onnx.codec import Float32, UInt8
 Floats = NDArray[np.floating[Any]]
 
 
-def dequantize(codes: UInt8, scales: Floats, zero_points: UInt8 | None, K: int) -> Float32:
+def dequantize(codes: UInt8, scales: Floats, zero_points: UInt8 | None, K: int, bits: int = 4) -> Float32:
     """The weight that the tensors of a node stand for: float32 (N, K).
 
-    codes: uint8 (N, G, b/2). scales: (N, G). zero_points: uint8 (N, ceil(G/2)), None for 8 everywhere.
+    codes: uint8 (N, G, b * bits / 8). scales: (N, G). zero_points: uint8 (N, ceil(G * bits / 8)), None for the middle
+    code everywhere.
     """
     N, G, _ = codes.shape
-    unpacked = codec.unpack(codes).astype(np.float32)  # (N, G, b)
+    unpacked = codec.unpack(codes, bits).astype(np.float32)  # (N, G, b)
     if zero_points is None:
-        unpacked -= codec.MIDDLE_CODE
+        unpacked -= codec.middle_code(bits)
     else:
-        unpacked -= codec.unpack_zero_points(zero_points, G)[:, :, None]
+        unpacked -= codec.unpack_zero_points(zero_points, G, bits)[:, :, None]
     return (unpacked * scales.astype(np.float32)[:, :, None]).reshape(N, -1)[:, :K]  # (N, K)
 
 
 def matmul_nbits(
-    a: Floats, codes: UInt8, scales: Floats, zero_points: UInt8 | None = None, bias: Floats | None = None
+    a: Floats,
+    codes: UInt8,
+    scales: Floats,
+    zero_points: UInt8 | None = None,
+    bias: Floats | None = None,
+    bits: int = 4,
 ) -> Floats:
     """A (…, K) times the weight: (…, N) in the dtype of `a`, summed in float32."""
-    product = a.astype(np.float32) @ dequantize(codes, scales, zero_points, a.shape[-1]).T
+    product = a.astype(np.float32) @ dequantize(codes, scales, zero_points, a.shape[-1], bits).T
     if bias is not None:
         product += bias.astype(np.float32)
     return product.astype(a.dtype)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from awq_onnx import codec
 from awq_onnx.errors import InternalError
 from awq_onnx.passes.bodies import all_nodes
 from awq_onnx.passes.constants import constant
@@ -31,14 +30,18 @@ def outline_of(graph: ir.Graph) -> Outline:
     )
 
 
-def check(graph: ir.Graph, before: Outline, *, muls: int = 0) -> None:
-    """Same inputs and outputs, no op added but MatMulNBits in the place of layers and as many Mul nodes as `muls`."""
+def check(graph: ir.Graph, before: Outline, *, muls: int = 0, tables: int = 0) -> None:
+    """Same inputs and outputs, no op added but MatMulNBits in the place of layers, GatherBlockQuantized in that of
+    Gathers, as many Mul nodes as `muls` and, to share packed tables, Reshape nodes as `tables`.
+    """
     after = outline_of(graph)
     if (after.inputs, after.outputs) != (before.inputs, before.outputs):
         raise InternalError("the inputs or outputs of the model changed")
     added = after.ops - before.ops
     replaced = sum(before.ops[op] - after.ops[op] for op in LAYER_OPS)
-    if added != Counter({"MatMulNBits": replaced, "Mul": muls}):
+    looked_up = before.ops["Gather"] - after.ops["Gather"]
+    expected = Counter({"MatMulNBits": replaced, "GatherBlockQuantized": looked_up, "Mul": muls, "Reshape": tables})
+    if added != +expected:
         raise InternalError(f"nodes were added: {dict(added)}, {replaced} layers replaced")
     for node in all_nodes(graph):
         if node.op_type == "MatMulNBits":
@@ -46,12 +49,12 @@ def check(graph: ir.Graph, before: Outline, *, muls: int = 0) -> None:
 
 
 def _check_node(node: ir.Node) -> None:
-    K, N, block_size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    K, N, block_size, bits = (node.attributes[name].as_int() for name in ("K", "N", "block_size", "bits"))
     blocks = -(-K // block_size)
     expected = [
-        (N, blocks, block_size * codec.BITS // 8),
+        (N, blocks, block_size * bits // 8),
         (N, blocks),
-        (N, -(-blocks * codec.BITS // 8)),
+        (N, -(-blocks * bits // 8)),
         None,
         (N,),
     ]

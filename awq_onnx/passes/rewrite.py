@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from awq_onnx import codec
 from awq_onnx.passes.fold import remove_unread
 from awq_onnx.passes.sites import Site
 
@@ -43,6 +42,7 @@ def to_matmul_nbits(
     weight: PackedWeight,
     *,
     block_size: int,
+    bits: int,
     accuracy_level: int,
     metadata: Mapping[str, str],
 ) -> ir.Node:
@@ -54,7 +54,7 @@ def to_matmul_nbits(
         {
             "K": site.K,
             "N": site.N,
-            "bits": codec.BITS,
+            "bits": bits,
             "block_size": block_size,
             "accuracy_level": accuracy_level,
         },
@@ -63,7 +63,7 @@ def to_matmul_nbits(
         doc_string=old.doc_string,
         metadata_props={**old.metadata_props, **metadata},
     )
-    _take_over(old.outputs[0], node.outputs[0])
+    take_over(old.outputs[0], node.outputs[0])
     holder = old.graph
     assert isinstance(holder, ir.Graph)
     holder.insert_before(old, node)
@@ -93,7 +93,7 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _take_over(old: ir.Value, new: ir.Value) -> None:
+def take_over(old: ir.Value, new: ir.Value) -> None:
     """`new` is what `old` was, for every reader: name, type and shape too, so that shape inference goes on."""
     name = old.name
     new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -48,7 +48,7 @@ class Site:
 
     name: of the node, kept here since a rewrite takes the names of its values away. weight: the value W comes from,
     of which `tensor` is the content, `transposed` where that is (N, K). dtype: of x, so of the scales too.
-    bias: what the node itself adds (a Gemm's C), N numbers or one.
+    bias: what the node itself adds (a Gemm's C), N numbers or one. is_head: whether it makes the logits.
     """
 
     node: ir.Node
@@ -62,6 +62,7 @@ class Site:
     factor: float = 1.0
     bias: ir.TensorProtocol | None = None
     beta: float = 1.0
+    is_head: bool = False
 
     @property
     def input(self) -> ir.Value:
@@ -74,10 +75,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers the user wants. include, exclude: shell patterns of node names; include empty: all."""
+    """Which layers the user wants. include, exclude: shell patterns of node names; include empty: all. head: the
+    lm_head too.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    head: bool = False
 
     def refuses(self, name: str) -> str | None:
         pattern = next((p for p in self.exclude if fits(name, p)), None)
@@ -121,7 +125,8 @@ def survey(model: ir.Model, choice: Choice | None = None) -> Survey:
         if isinstance(found, Refusal):
             kept.append(found)
             continue
-        reason = _why_left(found, vocabulary, outer) or choice.refuses(found.name)
+        found = replace(found, is_head=_is_head(found, vocabulary, outer))
+        reason = _why_left(found, choice) or choice.refuses(found.name)
         if reason is None:
             sites.append(found)
         else:
@@ -242,7 +247,7 @@ def _weight_source(
     transposed, dtype = False, None
     while value is not None:
         tensor = constant(value)
-        if tensor is None and not _is_view(value):
+        if tensor is None and not is_view(value):
             tensor = computed(value, opsets)
             if tensor is None:
                 return None
@@ -258,7 +263,7 @@ def _weight_source(
     return None
 
 
-def _is_view(value: ir.Value) -> bool:
+def is_view(value: ir.Value) -> bool:
     node = value.producer()
     if node is None or node.domain not in STANDARD_DOMAINS:
         return False
@@ -273,8 +278,8 @@ def _embedding_rows(graph: ir.Graph) -> set[int]:
     return {int(table.shape.numpy()[0]) for table in tables if table is not None and len(table.shape) == 2}
 
 
-def _why_left(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, ir.Value]) -> str | None:
-    if _is_head(site, vocabulary, outer):
+def _why_left(site: Site, choice: Choice) -> str | None:
+    if site.is_head and not choice.head:
         return "it is the lm_head, which stays as it is"
     if any(reader.op_type == "TopK" for reader in _followers(site.output, AFTER_ROUTER)):
         return "it chooses experts: a router stays as it is"

@@ -1,0 +1,87 @@
+"""An embedding whose table is the weight of the lm_head: looked up in the same packed bytes.
+
+`com.microsoft::GatherBlockQuantized` reads what MatMulNBits' B holds, in another shape: (V, D * bits / 8).
+Source: onnxruntime's docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from awq_onnx import codec
+from awq_onnx.passes.constants import STANDARD_DOMAINS
+from awq_onnx.passes.fold import remove_unread
+from awq_onnx.passes.rewrite import DOMAIN, take_over
+from awq_onnx.passes.sites import Site, is_view
+
+
+def lookups(site: Site) -> list[ir.Node]:
+    """The Gathers that look up rows of the weight of `site`, where it is seen as (V, D)."""
+    return list(_row_lookups(site.weight, site.transposed))
+
+
+def _row_lookups(value: ir.Value, rows_are_tokens: bool) -> Iterator[ir.Node]:
+    for use in value.uses():
+        node = use.node
+        if use.idx != 0 or node.domain not in STANDARD_DOMAINS:
+            continue
+        if node.op_type == "Transpose" and is_view(node.outputs[0]):
+            yield from _row_lookups(node.outputs[0], not rows_are_tokens)
+        elif node.op_type == "Identity":
+            yield from _row_lookups(node.outputs[0], rows_are_tokens)
+        elif node.op_type == "Gather" and rows_are_tokens and node.attributes.get_int("axis", 0) == 0:
+            yield node
+
+
+def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> int:
+    """Let `gathers` look up the packed weight of `layer`, a MatMulNBits; how many nodes were added for it.
+
+    Where a row does not fill its blocks the layouts differ, and the table stays.
+    """
+    graph = model.graph
+    K, N, bits, block_size = (layer.attributes[name].as_int() for name in ("K", "N", "bits", "block_size"))
+    if K % block_size or not gathers:
+        return 0
+    codes, scales, zero_points = (*layer.inputs[1:], None, None)[:3]
+    assert codes is not None
+    shape = _constant(graph, f"{codes.name}.rows", np.array([N, K * bits // 8], np.int64))
+    rows = ir.node("Reshape", [codes, shape], name=f"{codes.name}.Reshape")
+    rows.outputs[0].name = f"{codes.name}.as_rows"
+    rows.outputs[0].dtype, rows.outputs[0].shape = ir.DataType.UINT8, ir.Shape([N, K * bits // 8])
+    graph.insert_before(graph[0], rows)
+    if zero_points is None:  # the defaults of providers differ, so it is told
+        middle = np.full((K // block_size, N), codec.middle_code(bits), np.float32)
+        zero_points = _constant(graph, f"{codes.name}.middle", codec.pack_zero_points(middle, bits))
+    for gather in gathers:
+        _replace(gather, [rows.outputs[0], gather.inputs[1], scales, zero_points], bits, block_size)
+    return 1
+
+
+def _constant(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
+    tensor = ir.Tensor(values, name=name)
+    value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(gather: ir.Node, inputs: list[ir.Value | None], bits: int, block_size: int) -> None:
+    node = ir.node(
+        "GatherBlockQuantized",
+        inputs,
+        {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1},
+        domain=DOMAIN,
+        name=gather.name,
+        doc_string=gather.doc_string,
+        metadata_props=gather.metadata_props,
+    )
+    take_over(gather.outputs[0], node.outputs[0])
+    holder, table = gather.graph, gather.inputs[0]
+    assert isinstance(holder, ir.Graph)
+    holder.insert_before(gather, node)
+    holder.remove(gather, safe=True)
+    remove_unread(table)
