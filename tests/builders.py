@@ -324,3 +324,61 @@ def decoder_feed(model: onnx.ModelProto, ids: Array) -> dict[str, Array]:
             dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             feed[value.name] = np.zeros((len(ids), dims[1].dim_value, 0, dims[3].dim_value), dtype)
     return feed
+
+
+def tiny_encoder(*, hidden: int = 32, vocabulary: int = 40, positions: int | None = None) -> onnx.ModelProto:
+    """Ids and a mask in, `last_hidden_state` out; `positions`: the rows of its table of learned positions, if any."""
+    builder = GraphBuilder()
+    dims: list[int | str] = ["batch_size", "encoder_sequence_length"]
+    ids, mask = (builder.input(name, dims, np.int64) for name in ("input_ids", "attention_mask"))
+    x = builder.add("Gather", builder.weight(vocabulary, hidden, "words"), ids, name="words")
+    if positions is not None:
+        x = builder.add("Add", x, learned_positions(builder, ids, positions, hidden), name="positioned")
+    real = builder.add("Unsqueeze", builder.cast(mask, np.float32, "real"), builder.integers(2), name="real_1")
+    normed = builder.rms_norm(builder.add("Mul", x, real, name="masked"), hidden, "norm")
+    product = builder.add("MatMul", normed, builder.weight(hidden, hidden, "w"), name="up", to="last_hidden_state")
+    builder.output(product, [*dims, hidden])
+    return builder.model()
+
+
+def learned_positions(builder: GraphBuilder, ids: str, rows: int, hidden: int) -> str:
+    """The vectors of positions 0, 1, 2 …: onnxruntime fails where there are more tokens than rows."""
+    one = builder.integers(1)
+    ones = builder.add("Add", builder.add("Mul", ids, builder.integers(0)), one)
+    counted = builder.add("CumSum", ones, builder.constant(1, dtype=np.int64))
+    positions = builder.add("Sub", counted, one)
+    return builder.add("Gather", builder.weight(rows, hidden, "positions"), positions, name="positions")
+
+
+def tiny_cross_decoder(*, past: bool, hidden: int = 32, vocabulary: int = 40) -> onnx.ModelProto:
+    """The decoder of an encoder-decoder, as optimum names its ends: what comes first, or what goes on after it.
+
+    Its attention is a mean over what it may see. The first half reads `encoder_hidden_states` and returns the caches
+    of both; the second wants them, and returns that of the decoder.
+    """
+    builder = GraphBuilder()
+    ids = builder.input("input_ids", ["batch_size", "decoder_sequence_length"], np.int64)
+    x = builder.add("Gather", builder.weight(vocabulary, hidden, "words"), ids, name="words")
+    own = builder.add("Unsqueeze", x, builder.integers(1))  # (B, 1 head, T, D)
+    cache: list[int | str] = ["batch_size", 1, "past_decoder_sequence_length", hidden]
+    encoded: list[int | str] = ["batch_size", 1, "encoder_sequence_length", hidden]
+    if past:
+        builder.input("encoder_attention_mask", ["batch_size", "encoder_sequence_length"], np.int64)
+        before = builder.input("past_key_values.0.decoder.key", cache)
+        read = builder.input("past_key_values.0.encoder.key", encoded)
+        own = builder.add("Concat", before, own, axis=2)
+    else:
+        states = builder.input("encoder_hidden_states", ["batch_size", "encoder_sequence_length", hidden])
+        read = builder.add("Unsqueeze", states, builder.integers(1), to="present.0.encoder.key")
+        builder.output(read, encoded)
+    seen = builder.add("CumSum", own, builder.constant(2, dtype=np.int64))
+    if past:
+        ends = (builder.integers(-1), builder.integers(np.iinfo(np.int64).max), builder.integers(2))
+        seen = builder.add("Slice", seen, *ends)
+    mean = builder.add("ReduceMean", read, builder.integers(2), keepdims=1)
+    mixed = builder.add("Squeeze", builder.add("Add", seen, mean), builder.integers(1))
+    normed = builder.rms_norm(mixed, hidden, "norm")
+    head = builder.weight(hidden, vocabulary, "lm_head")
+    builder.output(builder.add("MatMul", normed, head, name="/lm_head/MatMul", to="logits"))
+    builder.output(builder.add("Identity", own, to="present.0.decoder.key"), cache)
+    return builder.model()

@@ -187,6 +187,50 @@ def test_outputs_of_zero_have_no_error() -> None:
     assert compare_sessions(Answers([[0, 0]]), Answers([[0, 0]]), [feed], ENCODER).relative_error == 0
 
 
+def test_a_classifier_of_whole_samples_is_compared_by_its_classes() -> None:
+    original, quantized = [log(0.5, 0.25, 0.125, 0.125)], [log(0.25, 0.5, 0.125, 0.125)]
+    result = compared([original], [quantized], window([0, 1, 2]))
+    assert result.kl_mean == pytest.approx(0.5 * np.log(2) + 0.25 * np.log(0.5), rel=1e-5)
+    assert (result.top1, result.tokens, result.perplexity_original, result.cosine_distance) == (0, 1, None, None)
+
+
+def test_a_regression_has_no_classes() -> None:
+    result = compared([[[2.0]]], [[[1.0]]], window([0, 1, 2]))
+    assert (result.kl_mean, result.relative_error, result.cosine_distance) == (None, 0.5, None)
+
+
+def test_the_cosine_distance_is_the_mean_over_tokens() -> None:
+    feed = {"x": np.zeros((1, 3), np.float32)}
+    original, quantized = [[[3, 0], [0, 4], [1, 1]]], [[[6, 0], [4, 0], [1, 0]]]
+    result = compare_sessions(Answers(original), Answers(quantized), [feed], ENCODER)
+    assert result.cosine_distance == pytest.approx((0 + 1 + 1 - 0.5**0.5) / 3)
+
+
+def test_padded_tokens_of_an_encoder_do_not_count() -> None:
+    encoder = Signature(LANGUAGE_MODEL.inputs, ("last_hidden_state",), (), 4)
+    original, quantized = [[[3, 0], [0, 4], [9, 9]]], [[[3, 0], [0, 3], [-9, 9]]]
+    result = compare_sessions(Answers(original), Answers(quantized), [window([0, 1, 2], [1, 1, 0])], encoder)
+    assert (result.cosine_distance, result.tokens) == (0, 2)
+    assert result.relative_error == pytest.approx(0.2)
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    feed = {"x": np.zeros((1, 2), np.float32)}
+    result = compare_sessions(Answers([[[0, 0], [0, 4]]]), Answers([[[0, 0], [0, 3]]]), [feed], ENCODER)
+    assert result.cosine_distance == 0
+
+
+def test_the_tokens_of_the_decoder_are_those_that_the_logits_predict() -> None:
+    """An encoder-decoder in one graph: neither the encoder's ids nor its mask belong to the logits."""
+    both = tuple(Input(name, np.dtype(np.int64), ("B", "T")) for name in ("input_ids", "decoder_input_ids"))
+    wanted = Signature((*both, LANGUAGE_MODEL.inputs[1]), ("logits",), (), 4)
+    feed = {**window([3, 3, 3], [1, 0, 0]), "decoder_input_ids": np.array([[0, 1, 2]])}
+    logits = random_logits(0, 3)
+    result = compare_sessions(Answers(logits), Answers(logits), [feed], wanted)
+    alone = compared([logits], [logits], window([0, 1, 2]))
+    assert (result.tokens, result.perplexity_original) == (3, alone.perplexity_original)
+
+
 # Files
 
 

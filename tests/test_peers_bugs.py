@@ -17,7 +17,8 @@ from awq_onnx import Recipe, pipeline
 from awq_onnx.codec import Float32
 from awq_onnx.groups import GroupResult
 from awq_onnx.kernels import reference
-from awq_onnx.passes.absorb import Gain, Linear
+from awq_onnx.passes.absorb import Absorber, Gain, Linear
+from awq_onnx.passes.sites import Refusal
 
 IDS = np.random.default_rng(0).integers(0, 160, (16, 24))
 
@@ -51,7 +52,7 @@ class Quantized:
         """What the packed tensors of a MatMulNBits stand for: (K, N)."""
         node = self.node(name)
         (K,) = (attribute.i for attribute in node.attribute if attribute.name == "K")
-        codes, scales, *zero_points = (self.tensors[name] for name in node.input[1:])
+        codes, scales, *zero_points = (self.tensors[name] for name in node.input[1:4] if name)
         return reference.dequantize(codes, scales, zero_points[0] if zero_points else None, K).T
 
     def unfolded_weight(self, name: str) -> Float32:
@@ -59,10 +60,20 @@ class Quantized:
         weight = self.weight(name)
         for group in self.groups:
             if any(site.site.name == name for site in group.sites):
-                weight = weight / group.choice.scale[:, None]
-            if isinstance(group.folded, Linear) and group.folded.name == name and group.absorbed is not None:
-                weight = weight * group.absorbed
+                weight = weight / group.scale[:, None]
+            for absorber, divisor in folds(group):
+                if isinstance(absorber, Linear) and absorber.name == name:
+                    weight = weight * divisor
         return weight
+
+
+def folds(group: GroupResult) -> list[tuple[Absorber, Float32]]:
+    """Each absorber and what its channels were divided by."""
+    return [] if isinstance(group.folded, Refusal) else list(zip(group.folded, group.divided, strict=True))
+
+
+def folded_linears(group: GroupResult) -> list[tuple[Linear, Float32]]:
+    return [(absorber, divisor) for absorber, divisor in folds(group) if isinstance(absorber, Linear)]
 
 
 class Pipeline:
@@ -128,7 +139,8 @@ def test_siblings_share_one_scale_that_is_folded_once(quantize: Pipeline) -> Non
     model = norm_and_readers(columns=(48, 32, 8)).model()
     made = quantize(model, random_x(64))
     (group,) = made.groups
-    assert isinstance(group.folded, Gain)
+    ((absorber, _),) = folds(group)
+    assert isinstance(absorber, Gain)
     assert group.choice.scale.max() > 2 * group.choice.scale.min()
     np.testing.assert_allclose(
         made.tensors["norm.weight"] * group.choice.scale, initializers(model)["norm.weight"], rtol=1e-6
@@ -189,17 +201,22 @@ def test_a_number_that_many_nodes_share_is_not_divided(quantize: Pipeline) -> No
 
 
 @pytest.mark.parametrize("trans_b", [0, 1])
-def test_a_gemm_before_is_left_alone(quantize: Pipeline, trans_b: int) -> None:
+def test_a_gemm_before_is_divided_along_its_columns(quantize: Pipeline, trans_b: int) -> None:
     """Elsewhere a Gemm with transB=1 is divided along the wrong axis."""
     builder = GraphBuilder()
-    gemm = builder.add(
-        "Gemm", builder.input("x", ["rows", 64]), builder.weight(64, 64, "first"), name="gemm", transB=trans_b
-    )
+    first = builder.rng.standard_normal((64, 64)) * np.where(np.arange(64) % 11 == 2, 12, 1)  # loud channels
+    weight = builder.constant(first.T if trans_b else first, "first")
+    bias = builder.constant(builder.rng.standard_normal(64), "bias")
+    gemm = builder.add("Gemm", builder.input("x", ["rows", 64]), weight, bias, name="gemm", transB=trans_b)
     builder.output(builder.add("MatMul", gemm, builder.weight(64, 48, "second"), name="reader"))
     model = builder.model()
     made = quantize(model, random_x(64).reshape(-1, 64))
-    np.testing.assert_array_equal(made.tensors["first"], initializers(model)["first"])
-    assert relative_error(made.weight("reader"), initializers(model)["second"]) < 0.12
+    ((absorber, divisor),) = (one for group in made.groups for one in folded_linears(group))
+    assert absorber.name == "gemm"
+    assert np.ptp(np.log(divisor)) > 1
+    assert relative_error(made.unfolded_weight("gemm"), first) < 0.15
+    assert relative_error(made.unfolded_weight("reader"), initializers(model)["second"]) < 0.3
+    np.testing.assert_allclose(made.tensors["gemm.bias"] * divisor, initializers(model)["bias"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("constants", [1, 2])
@@ -232,7 +249,7 @@ def test_a_fold_into_a_quantised_parent_is_not_lost(
     """v and up are rounded before o and down find their scales: with all folds undone every weight is still itself."""
     model = loud(tiny_decoder(kv_heads=kv_heads, bias=bias))
     made = quantize(model, IDS, symmetric=symmetric)
-    linears = [group for group in made.groups if isinstance(group.folded, Linear)]
+    linears = [group for group in made.groups if folded_linears(group)]
     assert len(linears) == 4
     assert sum(np.ptp(np.log(group.choice.scale)) > 1 for group in linears) >= 2  # else there is nothing to lose
     for name in made.quantized_names:
@@ -243,10 +260,11 @@ def test_a_fold_into_a_quantised_parent_is_not_lost(
 def test_biases_are_divided_with_their_weights(quantize: Pipeline) -> None:
     model = loud(tiny_decoder(bias=True))
     made = quantize(model, IDS)
-    for group in made.groups:
-        if isinstance(group.folded, Linear) and group.absorbed is not None:
-            name = group.folded.name.replace("/MatMul", ".bias")
-            np.testing.assert_allclose(made.tensors[name] * group.absorbed, initializers(model)[name], rtol=1e-6)
+    folded = [one for group in made.groups for one in folded_linears(group)]
+    assert len(folded) == 4
+    for absorber, divisor in folded:
+        name = absorber.name.replace("/MatMul", ".bias")
+        np.testing.assert_allclose(made.tensors[name] * divisor, initializers(model)[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (np.float16, 0.03)])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from awq_onnx import codec, search, threads
 from awq_onnx.codec import Format
 from awq_onnx.kernels import reference
-from awq_onnx.search import ALPHAS, InputStatistics, Rounded, ScaleLimits
+from awq_onnx.search import ALPHAS, InputStatistics, Reader, Rounded, ScaleLimits
 
 Array = NDArray[Any]
 
@@ -35,6 +35,11 @@ def statistics_of(x: Array) -> InputStatistics:
     x = x.astype(np.float32)
     magnitude = np.abs(x)
     return InputStatistics(x.T @ x / np.float32(len(x)), magnitude.mean(axis=0), magnitude.max(axis=0), len(x))
+
+
+def read_by(statistics: InputStatistics, *weights: Array) -> list[Reader]:
+    """Weights that read one input."""
+    return [Reader(one, statistics) for one in weights]
 
 
 def with_second_moment(H: Array) -> InputStatistics:
@@ -121,7 +126,7 @@ def test_the_estimate_chooses_nearly_what_the_full_second_moment_would(seed: int
     rng = np.random.default_rng(seed)
     statistics = statistics_of(activations(rng, 128, outliers=outliers))
     w = weight(rng, 128, 48)
-    choice = search.search_scale([w], statistics, PLAIN)
+    choice = search.search_scale(read_by(statistics, w), PLAIN)
     candidates = [search.candidate_scale(statistics.act_mean, alpha, ScaleLimits()) for alpha in ALPHAS]
     full = [statistics.loss(plain_error(w, scale, PLAIN)) for scale in candidates]
     assert statistics.loss(plain_error(w, choice.scale, PLAIN)) <= 1.02 * min(full)
@@ -144,7 +149,7 @@ def test_alpha_one_is_proportional_to_the_mean_and_centred_on_one() -> None:
 def test_the_chosen_scale_loses_no_more_than_none(fmt: Format, K: int) -> None:
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, K, outliers=1))
-    choice = search.search_scale([weight(rng, K, 12), weight(rng, K, 7)], statistics, fmt)
+    choice = search.search_scale(read_by(statistics, weight(rng, K, 12), weight(rng, K, 7)), fmt)
     assert len(choice.losses) == len(ALPHAS)
     assert choice.losses[ALPHAS.index(choice.alpha)] == min(choice.losses) <= choice.losses[0]
     np.testing.assert_array_equal(
@@ -156,7 +161,7 @@ def test_the_chosen_scale_loses_no_more_than_none(fmt: Format, K: int) -> None:
 def test_planted_outlier_channels_are_worth_a_scale(fmt: Format) -> None:
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, 128, outliers=3))
-    choice = search.search_scale([weight(rng, 128, 32)], statistics, fmt)
+    choice = search.search_scale(read_by(statistics, weight(rng, 128, 32)), fmt)
     assert choice.alpha > 0
     assert min(choice.losses) < 0.4 * choice.losses[0]
 
@@ -165,8 +170,8 @@ def test_readers_of_one_input_are_searched_together() -> None:
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, 64, outliers=2))
     weights = [weight(rng, 64, 8), weight(rng, 64, 16)]
-    together = search.search_scale(weights, statistics, PLAIN)
-    apart = [search.search_scale([w], statistics, PLAIN).losses for w in weights]
+    together = search.search_scale(read_by(statistics, *weights), PLAIN)
+    apart = [search.search_scale(read_by(statistics, w), PLAIN).losses for w in weights]
     np.testing.assert_allclose(together.losses, np.sum(apart, axis=0), rtol=1e-5)
 
 
@@ -180,15 +185,15 @@ def test_dead_channels_leave_scales_and_losses_finite(outliers: int) -> None:
         scale = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
         assert np.isfinite(scale).all()
         assert (scale > 0).all()
-    choice = search.search_scale([weight(rng, 64, 8)], statistics, PLAIN)
+    choice = search.search_scale(read_by(statistics, weight(rng, 64, 8)), PLAIN)
     assert np.isfinite(choice.losses).all()
-    _, rounded = search.round_group([weight(rng, 64, 8)], choice.scale, statistics, PLAIN)
+    _, rounded = search.round_group(read_by(statistics, weight(rng, 64, 8)), choice.scale, PLAIN)
     assert np.isfinite([rounded[0].loss, rounded[0].plain_loss]).all()
 
 
 def test_channels_that_are_all_dead_get_no_scale() -> None:
     statistics = statistics_of(np.zeros((4, 64)))
-    choice = search.search_scale([weight(np.random.default_rng(0), 64, 8)], statistics, PLAIN)
+    choice = search.search_scale(read_by(statistics, weight(np.random.default_rng(0), 64, 8)), PLAIN)
     assert choice.alpha == 0
     assert (choice.scale == 1).all()
 
@@ -236,8 +241,8 @@ def test_a_scale_that_would_overflow_half_precision_is_not_chosen() -> None:
     x = activations(rng, 64)
     x[:, 3] *= 1e4
     statistics = statistics_of(x)
-    choice = search.search_scale([w], statistics, fmt)
-    _, (rounded,) = search.round_group([w], choice.scale, statistics, fmt)
+    choice = search.search_scale(read_by(statistics, w), fmt)
+    _, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
     assert np.isfinite(codec.pack_scales(rounded.grid.scales, FLOAT16)).all()
     assert np.isfinite(rounded.loss)
 
@@ -253,7 +258,7 @@ def test_no_group_ends_worse_than_plain_rounding(fmt: Format, seed: int, K: int,
     statistics = statistics_of(activations(rng, K, T=32, outliers=1))
     scale = np.exp(wildness * rng.standard_normal(K)).astype(np.float32)
     weights = [weight(rng, K, 5), weight(rng, K, 3) ** 3]
-    kept, rounded = search.round_group(weights, scale, statistics, fmt)
+    kept, rounded = search.round_group(read_by(statistics, *weights), scale, fmt)
     assert sum(one.loss for one in rounded) <= sum(one.plain_loss for one in rounded)
     for w, one in zip(weights, rounded, strict=True):
         plain = plain_error(w, np.ones(K, np.float32), fmt)
@@ -270,7 +275,7 @@ def test_a_weight_on_its_grid_stays_as_it_is(fmt: Format, strength: float) -> No
     codes[::16], codes[1::16] = -8, 7
     w = (codes * 0.25).astype(np.float32)
     scale = np.exp(strength * rng.standard_normal(64)).astype(np.float32)
-    kept, (rounded,) = search.round_group([w], scale, statistics_of(activations(rng, 64)), fmt)
+    kept, (rounded,) = search.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
     assert rounded.plain_loss == 0
     assert rounded.loss == 0
     np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
@@ -282,7 +287,7 @@ def test_one_weight_that_a_scale_would_ruin_does_not_cost_the_others_their_refit
     on_grid = (rng.integers(-8, 8, (64, 6)) * 0.25).astype(np.float32)
     on_grid[::16], on_grid[1::16] = -2, 1.75
     scale = np.exp(3 * rng.standard_normal(64)).astype(np.float32)
-    kept, (first, second) = search.round_group([on_grid, weight(rng, 64, 6)], scale, statistics, PLAIN)
+    kept, (first, second) = search.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
     assert (kept == 1).all()
     assert first.loss == 0
     assert second.loss < 0.97 * second.plain_loss
@@ -296,7 +301,7 @@ def test_the_error_that_the_search_measured_is_the_error_that_ships(fmt: Format,
     w = weight(rng, K, 9)
     statistics = statistics_of(activations(rng, K, outliers=2))
     scale = search.candidate_scale(statistics.act_mean, 0.3, ScaleLimits()) if scaled else np.ones(K, np.float32)
-    scale, (rounded,) = search.round_group([w], scale, statistics, fmt)
+    scale, (rounded,) = search.round_group(read_by(statistics, w), scale, fmt)
     error = shipped_weight(rounded, scale, fmt) - w
     H = statistics.second_moment.astype(np.float64)
     assert rounded.loss == pytest.approx(np.vdot(error, H @ error), rel=1e-5)
@@ -310,8 +315,8 @@ def test_a_scaled_and_refitted_weight_is_clearly_better_than_a_plain_one(fmt: Fo
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, 128, outliers=3))
     w = weight(rng, 128, 32)
-    choice = search.search_scale([w], statistics, fmt)
-    scale, (rounded,) = search.round_group([w], choice.scale, statistics, fmt)
+    choice = search.search_scale(read_by(statistics, w), fmt)
+    scale, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
     np.testing.assert_array_equal(scale, choice.scale)
     assert rounded.loss < 0.4 * rounded.plain_loss
 
@@ -379,7 +384,7 @@ def test_a_weight_whose_input_was_dead_in_calibration_is_rounded_plainly(fmt: Fo
     """No error costs anything there (an expert that no token reached), but it may wake up later."""
     rng = np.random.default_rng(0)
     w = weight(rng, 64, 8)
-    scale, (rounded,) = search.round_group([w], np.ones(64, np.float32), statistics_of(np.zeros((4, 64))), fmt)
+    scale, (rounded,) = search.round_group(read_by(statistics_of(np.zeros((4, 64))), w), np.ones(64, np.float32), fmt)
     plain = w + plain_error(w, scale, fmt)
     np.testing.assert_allclose(shipped_weight(rounded, scale, fmt), plain, rtol=1e-5, atol=1e-6)
 
@@ -391,7 +396,7 @@ def test_weights_that_decayed_to_almost_nothing_stay_almost_nothing(symmetric: b
     rng = np.random.default_rng(0)
     w = (rng.uniform(-15, 15, (64, 8)) * size).astype(np.float32)
     fmt = Format(32, symmetric, FLOAT32)
-    scale, (rounded,) = search.round_group([w], np.ones(64, np.float32), statistics_of(activations(rng, 64)), fmt)
+    scale, (rounded,) = search.round_group(read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt)
     assert np.abs(shipped_weight(rounded, scale, fmt)).max() <= 20 * size
 
 
@@ -403,7 +408,7 @@ def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: 
     statistics = statistics_of(rng.standard_normal((256, K)) * np.exp(rng.standard_normal(K)))
     w = weight(rng, K, 32)
     scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
-    kept, (rounded,) = search.round_group([w], scale, statistics, fmt)
+    kept, (rounded,) = search.round_group(read_by(statistics, w), scale, fmt)
     np.testing.assert_array_equal(kept, scale)
     cost = (statistics.diagonal / scale**2)[:, None]
     blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
@@ -421,8 +426,8 @@ def results_with_cores(cores: int, fmt: Format, monkeypatch: pytest.MonkeyPatch)
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, 50, outliers=1))
     w = weight(rng, 50, 901)
-    choice = search.search_scale([w], statistics, fmt)
-    scale, (rounded,) = search.round_group([w], choice.scale, statistics, fmt)
+    choice = search.search_scale(read_by(statistics, w), fmt)
+    scale, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
     losses = np.array([*choice.losses, rounded.loss, rounded.plain_loss, rounded.energy])
     arrays = (losses, scale, codec.pack(rounded.centred, rounded.grid), rounded.grid.scales, rounded.grid.zero_points)
     return tuple(array.tobytes() for array in arrays)

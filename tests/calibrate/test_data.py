@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from builders import Array, norm_and_readers, save, tiny_decoder
+from builders import (
+    Array,
+    GraphBuilder,
+    norm_and_readers,
+    run,
+    save,
+    tiny_cross_decoder,
+    tiny_decoder,
+    tiny_encoder,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from awq_onnx.calibrate import data
+from awq_onnx.calibrate import companion, data
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Feed, signature
 from awq_onnx.errors import CalibrationError, MissingPackageError
@@ -290,14 +299,196 @@ def test_without_data_a_language_model_writes(decoder: onnx.ModelProto) -> None:
 def test_without_data_other_models_get_random_inputs_and_the_user_is_told(floats: Path) -> None:
     listener = Listener()
     loaded = load(floats, None, progress=listener)
-    assert (len(loaded.feeds), len(loaded.held_out)) == (8, 1)
-    assert loaded.feeds[0]["x"].shape == (1, 4, 64)
+    assert [feed["x"].shape for feed in loaded.feeds] == [(4, 4, 64)] * 2
+    assert [feed["x"].shape for feed in loaded.held_out] == [(1, 4, 64)]
     assert any("random inputs" in note for note in listener.notes)
 
 
 def test_an_encoder_gets_random_tokens() -> None:
     loaded = load(tiny_decoder(layers=1, causal=False), None)
     assert loaded.source == "8 random inputs, 1 more held out to measure with"
+
+
+def test_an_encoder_of_a_fixed_batch_gets_whole_batches_and_one_is_held_out() -> None:
+    model = tiny_encoder()
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 6
+    loaded = load(model, None, Recipe(samples=2, sequence_length=4))
+    assert [len(feed["input_ids"]) for feed in (*loaded.feeds, *loaded.held_out)] == [6, 6]
+    assert (loaded.feeds[0]["input_ids"] != loaded.held_out[0]["input_ids"]).any()
+
+
+# Lengths
+
+
+def test_a_text_is_no_longer_than_the_positions_that_the_model_knows(tmp_path: Path) -> None:
+    listener = Listener()
+    path = save(tiny_encoder(positions=11), tmp_path / "model.onnx")
+    loaded = load(path, None, Recipe(samples=4, sequence_length=100), progress=listener)
+    assert loaded.feeds[0]["input_ids"].shape == (4, 6)  # after 100, 50, 25 and 12
+    assert "Sequences of 6 tokens for model.onnx: 100 are more than it takes." in listener.notes
+    run(path, loaded.feeds[0])
+
+
+def test_the_config_tells_how_many_positions_there_are(tmp_path: Path) -> None:
+    written(tmp_path / "config.json", '{"max_position_embeddings": 11}')
+    path = save(tiny_encoder(positions=11), tmp_path / "model.onnx")
+    assert load(path, None, Recipe(samples=4, sequence_length=100)).feeds[0]["input_ids"].shape == (4, 11)
+
+
+def test_windows_of_text_are_no_longer_either(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    path = save(tiny_encoder(positions=12, vocabulary=VOCABULARY), tmp_path / "model.onnx")
+    loaded = load(path, [TEXT], Recipe(samples=4, sequence_length=20))
+    assert loaded.feeds[0]["input_ids"].shape == (4, 10)
+
+
+def test_a_model_that_runs_on_no_length_is_told_with_what_was_tried(tmp_path: Path) -> None:
+    builder = GraphBuilder()
+    x = builder.input("x", ["batch", "sequence", 8])
+    builder.output(builder.add("Reshape", x, builder.integers(77, 3)), [77, 3])
+    message = r"does not run on inputs made for it, x 1 x 1 x 8: give inputs with --calibration data\.npz \(onnxruntime"
+    with pytest.raises(CalibrationError, match=message):
+        load(save(builder.model(), tmp_path / "model.onnx"), None)
+
+
+# Pictures
+
+
+def picture_model(**axes: int) -> onnx.ModelProto:
+    """Ids and a picture in, as CLIP has them; a vector of each out."""
+    builder = GraphBuilder()
+    ids = builder.input("input_ids", ["text_batch", "sequence"], np.int64)
+    dims: list[int | str] = [axes.get(name, name) for name in ("image_batch", "channels", "height", "width")]
+    pixels = builder.input("pixel_values", dims)
+    words = builder.add("Gather", builder.weight(50, 8, "words"), ids)
+    texts = builder.add("ReduceMean", words, builder.integers(1), keepdims=0)
+    builder.output(builder.add("Identity", texts, to="text_embeds"), ["text_batch", 8])
+    flat = builder.add("Reshape", pixels, builder.integers(0, 3 * 6 * 6))
+    builder.output(builder.linear(flat, 3 * 6 * 6, 8, "patch"), ["image_batch", 8])
+    return builder.model()
+
+
+def test_a_pair_of_text_and_picture_gets_as_many_of_both(tmp_path: Path) -> None:
+    written(tmp_path / "config.json", '{"vision_config": {"image_size": 6}}')
+    path = save(picture_model(), tmp_path / "model.onnx")
+    loaded = load(path, None)
+    assert {name: one.shape for name, one in loaded.feeds[0].items()} == {
+        "input_ids": (4, 4),
+        "pixel_values": (4, 3, 6, 6),
+    }
+    run(path, loaded.feeds[0])
+
+
+def test_of_a_pair_one_may_be_given_and_the_user_is_told_what_was_made_up(tmp_path: Path) -> None:
+    listener = Listener()
+    pixels = np.random.default_rng(0).standard_normal((5, 3, 6, 6))
+    loaded = load(save(picture_model(), tmp_path / "model.onnx"), {"pixel_values": pixels}, progress=listener)
+    assert loaded.feeds[0]["input_ids"].shape == (4, 4)
+    np.testing.assert_array_equal(loaded.feeds[0]["pixel_values"], pixels[:4].astype(np.float32))
+    assert "Not in the calibration data, and made up: input_ids." in listener.notes
+
+
+def test_pictures_of_unknown_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"pixel_values .* does not say how large height is: give inputs with"):
+        load(save(picture_model(), tmp_path / "model.onnx"), None)
+
+
+# Encoder-decoders
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """The folder of an encoder and the two halves of its decoder."""
+    save(tiny_encoder(), tmp_path / "encoder_model.onnx")
+    save(tiny_cross_decoder(past=False), tmp_path / "decoder_model.onnx")
+    save(tiny_cross_decoder(past=True), tmp_path / "decoder_with_past_model.onnx")
+    return tmp_path
+
+
+def test_a_decoder_reads_what_the_encoder_beside_it_makes_and_writes_after_it(pair: Path) -> None:
+    listener = Listener()
+    loaded = load(pair / "decoder_model.onnx", None, progress=listener)
+    feed = loaded.feeds[0]
+    assert {name: one.shape for name, one in feed.items()} == {
+        "input_ids": (4, 4),
+        "encoder_hidden_states": (4, 4, 32),
+    }
+    assert not any("random" in note for note in listener.notes)
+    assert "that the model wrote itself" in loaded.source
+    run(pair / "decoder_model.onnx", feed)
+
+
+def test_the_encoder_reads_the_text_that_was_given(pair: Path) -> None:
+    ids = np.arange(20).reshape(5, 4)
+    feed = load(pair / "decoder_model.onnx", ids).feeds[0]
+    encoded = run(pair / "encoder_model.onnx", {"input_ids": ids[:4], "attention_mask": np.ones_like(ids[:4])})
+    np.testing.assert_allclose(feed["encoder_hidden_states"], encoded["last_hidden_state"], rtol=1e-3, atol=1e-5)
+
+
+def test_states_that_were_given_are_kept(pair: Path) -> None:
+    states = np.random.default_rng(0).standard_normal((5, 3, 32)).astype(np.float32)
+    feed = load(pair / "decoder_model.onnx", {"encoder_hidden_states": states}).feeds[0]
+    np.testing.assert_array_equal(feed["encoder_hidden_states"], states[:4])
+    assert feed["input_ids"].shape == (4, 4)
+
+
+def test_without_an_encoder_the_states_are_random_and_the_user_is_told(pair: Path) -> None:
+    (pair / "encoder_model.onnx").unlink()
+    listener = Listener()
+    feed = load(pair / "decoder_model.onnx", None, progress=listener).feeds[0]
+    assert feed["encoder_hidden_states"].shape == (4, 4, 32)
+    assert any("no encoder beside the model: its encoder_hidden_states are random" in note for note in listener.notes)
+
+
+def test_an_encoder_of_another_width_is_not_taken(pair: Path) -> None:
+    save(tiny_encoder(hidden=48), pair / "encoder_model.onnx")
+    listener = Listener()
+    load(pair / "decoder_model.onnx", None, progress=listener)
+    assert any("no encoder beside the model" in note for note in listener.notes)
+
+
+def test_a_broken_file_beside_the_model_is_passed_by(pair: Path) -> None:
+    (pair / "a.onnx").write_bytes(b"no model")
+    assert "wrote itself" in load(pair / "decoder_model.onnx", None).source
+
+
+def test_a_decoder_that_goes_on_gets_the_caches_of_the_one_before_it(pair: Path) -> None:
+    """What it says after them is what the first says at that place of the whole text."""
+    whole = load(pair / "decoder_model.onnx", None)
+    loaded = load(pair / "decoder_with_past_model.onnx", None)
+    text = run(pair / "decoder_model.onnx", whole.feeds[0])["logits"]
+    for position, feed in enumerate(loaded.feeds[::2], start=1):  # two feeds of four samples for every place
+        assert feed["past_key_values.0.decoder.key"].shape == (4, 1, position, 32)
+        assert feed["encoder_attention_mask"].shape == (4, 4)
+        logits = run(pair / "decoder_with_past_model.onnx", feed)["logits"]
+        np.testing.assert_allclose(logits[:, 0], text[:, position], rtol=1e-3, atol=1e-4)
+    assert loaded.source == (
+        "8 sequences of 4 tokens that the model wrote itself, gone on from at 3 places, 1 more held out to measure with"
+    )
+
+
+def test_large_caches_make_fewer_samples(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companion, "PAST_BUDGET_BYTES", 1)
+    loaded = load(pair / "decoder_with_past_model.onnx", None)
+    assert [len(feed["input_ids"]) for feed in (*loaded.feeds, *loaded.held_out)] == [1] * 6
+
+
+def test_without_the_decoder_before_it_the_caches_are_random_and_the_user_is_told(pair: Path) -> None:
+    (pair / "decoder_model.onnx").unlink()
+    listener = Listener()
+    loaded = load(pair / "decoder_with_past_model.onnx", None, progress=listener)
+    assert loaded.feeds[0]["past_key_values.0.encoder.key"].std() > 0.5
+    assert any("no decoder beside the model that makes its caches" in note for note in listener.notes)
+    run(pair / "decoder_with_past_model.onnx", loaded.feeds[0])
+
+
+def test_caches_that_were_given_are_kept(pair: Path) -> None:
+    cache = np.random.default_rng(0).standard_normal((5, 1, 3, 32)).astype(np.float32)
+    given = {"input_ids": np.ones((5, 1), int), "past_key_values.0.decoder.key": cache}
+    feed = load(pair / "decoder_with_past_model.onnx", given).feeds[0]
+    np.testing.assert_array_equal(feed["past_key_values.0.decoder.key"], cache[:4])
+    run(pair / "decoder_with_past_model.onnx", feed)
 
 
 # What is refused

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from builders import GraphBuilder, norm_and_readers, run, tiny_decoder
+from onnx import helper
 
 from awq_onnx.calibrate import feeds
 from awq_onnx.calibrate.feeds import Input, Signature, signature
@@ -58,6 +59,19 @@ def test_the_vocabulary_is_found_behind_a_cast() -> None:
     ids = builder.cast(builder.input("input_ids", ["batch", "sequence"], np.int32), np.int64, "cast")
     builder.output(builder.add("Gather", builder.constant(np.ones((77, 8))), ids))
     assert signature(ir.from_proto(builder.model()).graph).vocabulary == 77
+
+
+@pytest.mark.parametrize(("op_type", "place"), [("EmbedLayerNormalization", 0), ("GatherBlockQuantized", 1)])
+def test_the_vocabulary_is_found_behind_a_fused_lookup(op_type: str, place: int) -> None:
+    builder = GraphBuilder()
+    ids, table = builder.input("input_ids", ["batch", "sequence"], np.int64), builder.constant(np.ones((77, 8)))
+    inputs = [ids, "", table] if place == 0 else [table, ids, builder.constant(np.ones((77, 1)))]
+    builder.nodes.append(helper.make_node(op_type, inputs, ["y"], domain="com.microsoft"))
+    builder.output("y", ["batch", "sequence", 8])
+    model = helper.make_model(
+        helper.make_graph(builder.nodes, "g", builder.inputs, builder.outputs, builder.initializers)
+    )
+    assert signature(ir.from_proto(model).graph).vocabulary == 77
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -149,48 +163,122 @@ def test_the_length_is_free_where_there_are_no_tokens() -> None:
     assert wants(Input("x", FLOAT, ("batch", 7, 64))).sequence_length(256) == 256
 
 
-def random_feed(*inputs: Input, **options: Any) -> feeds.Feed:
-    return feeds.random_feed(wants(*inputs, **options), 3, 5, np.random.default_rng(0))
+def test_the_batch_is_that_of_the_samples_and_not_of_a_switch() -> None:
+    switch = Input("use_cache_branch", BOOL, (1,))
+    assert wants(switch, TOKENS).fixed_batch is None
+    assert wants(switch, Input("input_ids", INT, (3, "sequence"))).fixed_batch == 3
 
 
-def test_random_tokens_are_in_the_vocabulary() -> None:
-    ids = random_feed(TOKENS, vocabulary=7)["input_ids"]
-    assert ids.shape == (3, 5)
-    assert set(ids.ravel().tolist()) <= set(range(7))
-    assert len(set(ids.ravel().tolist())) > 3
+# Encoder-decoders
 
-
-def test_random_feeds_respect_fixed_sizes() -> None:
-    feed = random_feed(Input("input_ids", INT, (2, 9)), Input("attention_mask", INT, (2, 9)))
-    assert {name: values.shape for name, values in feed.items()} == {"input_ids": (2, 9), "attention_mask": (2, 9)}
-
-
-@pytest.mark.parametrize(
-    ("dims", "shape"),
-    [
-        (("batch", "sequence", 64), (3, 5, 64)),
-        (("batch_size", "num_tokens", 64), (3, 5, 64)),
-        (("n", "m", 64), (3, 5, 64)),
-        (("batch", 3, 8, 8), (3, 3, 8, 8)),
-        ((1, "sequence_length", 64), (1, 5, 64)),
-        (("batch", "encoder_length"), (3, 5)),
-    ],
+STATES = Input("encoder_hidden_states", FLOAT, ("batch", "encoded", 64))
+OWN = Input("past_key_values.0.decoder.key", FLOAT, ("batch", 4, "past", 16))
+READ = Input("past_key_values.0.encoder.key", FLOAT, ("batch", 4, "encoded", 16))
+MERGED = Signature(
+    (TOKENS, STATES, OWN, READ, Input("use_cache_branch", BOOL, (1,))),
+    ("logits", "present.0.decoder.key", "present.0.encoder.key"),
+    ((OWN.name, "present.0.decoder.key"), (READ.name, "present.0.encoder.key")),
+    160,
 )
-@pytest.mark.parametrize("dtype", [FLOAT, HALF])
-def test_random_numbers_have_the_shape_of_their_input(
-    dims: tuple[int | str, ...], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> None:
-    values = random_feed(Input("x", dtype, dims), vocabulary=None)["x"]
-    assert (values.shape, values.dtype) == (shape, dtype)
-    assert np.std(values.astype(np.float32)) > 0.5
+AFTER = Signature((TOKENS, OWN, READ), ("logits", "present.0.decoder.key"), ((OWN.name, "present.0.decoder.key"),), 160)
 
 
-@pytest.mark.parametrize("dims", [None, ("batch", 3, "height", "width"), ("batch", "sequence", "features")])
-def test_a_size_that_cannot_be_guessed_is_named(dims: tuple[int | str, ...] | None) -> None:
-    with pytest.raises(CalibrationError, match="the model's input x "):
-        random_feed(Input("x", FLOAT, dims), vocabulary=None)
+def test_a_decoder_that_returns_no_encoder_caches_needs_a_past() -> None:
+    assert (AFTER.needs_past, AFTER.grows_caches) == (True, False)
+    assert (MERGED.needs_past, MERGED.grows_caches) == (False, False)
+    alone = signature(ir.from_proto(tiny_decoder(layers=1)).graph)
+    assert (alone.needs_past, alone.grows_caches) == (False, True)
 
 
-def test_the_same_seed_gives_the_same_numbers() -> None:
-    one, other = (random_feed(Input("x", FLOAT, ("batch", "sequence", 8)))["x"] for _ in range(2))
-    np.testing.assert_array_equal(one, other)
+def test_a_merged_decoder_starts_with_empty_caches_and_the_other_branch() -> None:
+    feed = feeds.complete(MERGED, {"input_ids": IDS, STATES.name: np.zeros((2, 7, 64), np.float32)})
+    assert feed[OWN.name].shape == feed[READ.name].shape == (2, 4, 0, 16)
+    assert feed["use_cache_branch"].tolist() == [False]
+
+
+@pytest.mark.parametrize("axis", ["encoded", "?", "another name"])
+def test_the_encoder_mask_is_as_long_as_the_states(axis: str) -> None:
+    wanted = wants(TOKENS, STATES, Input("encoder_attention_mask", INT, ("batch", axis)))
+    feed = feeds.complete(wanted, {"input_ids": IDS, STATES.name: np.zeros((2, 7, 64), np.float32)})
+    np.testing.assert_array_equal(feed["encoder_attention_mask"], np.ones((2, 7)))
+
+
+@pytest.mark.parametrize("axis", ["encoded", "?"])
+def test_the_encoder_mask_is_as_long_as_the_caches_of_the_encoder(axis: str) -> None:
+    wanted = replace(AFTER, inputs=(*AFTER.inputs, Input("encoder_attention_mask", INT, ("batch", axis))))
+    caches = {OWN.name: np.zeros((2, 4, 5, 16), np.float32), READ.name: np.zeros((2, 4, 9, 16), np.float32)}
+    feed = feeds.complete(wanted, {"input_ids": IDS[:, :1], **caches})
+    assert feed["encoder_attention_mask"].shape == (2, 9)
+
+
+@pytest.mark.parametrize("axis", ["sequence", "?"])
+def test_the_masks_of_an_encoder_decoder_in_one_graph_are_told_apart(axis: str) -> None:
+    masks = [Input(name, INT, ("batch", axis)) for name in ("attention_mask", "decoder_attention_mask")]
+    masks[1] = replace(masks[1], dims=("batch", "decoder_sequence"))
+    wanted = wants(TOKENS, Input("decoder_input_ids", INT, ("batch", "decoder_sequence")), *masks)
+    feed = feeds.complete(wanted, {"input_ids": IDS, "decoder_input_ids": IDS[:, :2]})
+    assert (feed["attention_mask"].shape, feed["decoder_attention_mask"].shape) == ((2, 3), (2, 2))
+
+
+def test_given_caches_make_the_mask_longer_and_are_not_copied() -> None:
+    wanted = wants(TOKENS, Input("attention_mask", INT, ("batch", "total")), OWN)
+    long = np.zeros((2, 4, 9, 16), np.float32)
+    feed = feeds.complete(wanted, {"input_ids": IDS, OWN.name: long[:, :, :5]})
+    assert feed["attention_mask"].shape == (2, 8)
+    assert np.shares_memory(feed[OWN.name], long)
+
+
+# Less common inputs
+
+
+def test_positions_of_three_axes_are_repeated() -> None:
+    feed = feeds.token_feed(wants(TOKENS, Input("position_ids", INT, (3, "batch", "sequence"))), IDS)
+    assert feed["position_ids"].shape == (3, 2, 3)
+    assert feed["position_ids"][2, 1].tolist() == [0, 1, 2]
+
+
+def test_cache_positions_have_no_batch() -> None:
+    feed = feeds.token_feed(wants(TOKENS, Input("cache_position", INT, ("sequence",))), IDS)
+    assert feed["cache_position"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dims", [(), (1,)])
+def test_logits_of_all_tokens_are_kept(dims: tuple[int, ...]) -> None:
+    feed = feeds.token_feed(wants(TOKENS, Input("num_logits_to_keep", INT, dims)), IDS)
+    assert feed["num_logits_to_keep"].shape == dims
+    assert feed["num_logits_to_keep"].sum() == 0
+
+
+def test_a_mask_of_pixels_covers_the_picture() -> None:
+    pixels = Input("pixel_values", FLOAT, ("batch", 3, "height", "width"))
+    wanted = wants(pixels, Input("pixel_mask", INT, ("batch", "height", "width")))
+    feed = feeds.complete(wanted, {"pixel_values": np.zeros((2, 3, 8, 6), np.float32)})
+    assert feed["pixel_mask"].shape == (2, 8, 6)
+
+
+def test_a_mask_that_nothing_tells_the_size_of_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"pixel_mask \(int64, shape batch x height x width\) cannot be guessed"):
+        feeds.token_feed(wants(TOKENS, Input("pixel_mask", INT, ("batch", "height", "width"))), IDS)
+
+
+# Shorter feeds
+
+
+def test_a_feed_is_shortened_with_everything_that_follows() -> None:
+    wanted = wants(TOKENS, Input("attention_mask", INT, ("batch", "total")), STATES)
+    feed = feeds.complete(wanted, {"input_ids": np.ones((2, 9), int), STATES.name: np.zeros((2, 7, 64), np.float32)})
+    short = feeds.shortened(feed, wanted)
+    assert (short["input_ids"].shape, short["attention_mask"].shape) == ((2, 4), (2, 4))
+    assert short[STATES.name] is not None
+    assert short[STATES.name].shape == (2, 7, 64)
+
+
+def test_a_shortened_feed_has_no_past_but_what_the_encoder_made() -> None:
+    caches = {OWN.name: np.zeros((2, 4, 5, 16), np.float32), READ.name: np.zeros((2, 4, 9, 16), np.float32)}
+    short = feeds.shortened(feeds.complete(AFTER, {"input_ids": IDS[:, :1], **caches}), AFTER)
+    assert (short[OWN.name].shape[2], short[READ.name].shape[2]) == (0, 9)
+
+
+def test_a_feed_without_tokens_stays_whole() -> None:
+    feed = {"x": np.zeros((1, 9, 64), np.float32)}
+    assert feeds.shortened(feed, wants(Input("x", FLOAT, ("batch", "sequence", 64)))) is feed

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import Array, decoder_feed, gated_mlp, run, tiny_decoder
+from builders import Array, decoder_feed, gated_mlp, run, tiny_cross_decoder, tiny_decoder
 
 from awq_onnx import runtime
-from awq_onnx.calibrate import generate
+from awq_onnx.calibrate import feeds, generate
 from awq_onnx.calibrate.feeds import Signature, signature, token_feed
 from awq_onnx.errors import RuntimeFailedError
 from awq_onnx.progress import unheard
@@ -110,6 +110,35 @@ def test_a_model_with_a_fixed_batch_writes_whole_batches(cache: bool, samples: i
     ids = written(model, samples=samples, length=5)
     assert len(ids) >= samples
     assert ids.shape[1] == 5
+
+
+@pytest.mark.parametrize("length", [9, 100])
+def test_a_model_of_a_fixed_length_without_a_cache_gets_ids_as_long(length: int) -> None:
+    model = tiny_decoder(cache=False, layers=1)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = length
+    ids = written(model, samples=2, length=length)
+    assert ids.shape == (2, length)
+    most = generate.LENGTH_WITHOUT_CACHE
+    np.testing.assert_array_equal(ids[:, most:], ids[:, : max(0, length - most)])  # then its text comes again
+    free = written(tiny_decoder(cache=False, layers=1), samples=2, length=length)
+    np.testing.assert_array_equal(ids[:, :most], free)
+
+
+def test_every_sequence_is_written_after_its_own_other_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five sequences, two at once, each three steps long; the sixth of the last batch starts again at the first."""
+    session, wanted = running(fixed_batch(tiny_cross_decoder(past=False), 2))
+    states = np.random.default_rng(0).standard_normal((5, 3, 32)).astype(np.float32)
+    seen: list[Array] = []
+
+    def complete(wanted: Signature, given: dict[str, Array]) -> dict[str, Array]:
+        seen.append(given["encoder_hidden_states"])
+        return feeds.complete(wanted, given)
+
+    monkeypatch.setattr(generate, "complete", complete)
+    ids = generate.generate(session, wanted, 5, 4, 0, unheard, {"encoder_hidden_states": states})
+    assert ids.shape == (5, 4)
+    np.testing.assert_array_equal(np.concatenate(seen[::3]), states[[0, 1, 2, 3, 4, 0]])
 
 
 def fixed_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:

@@ -25,22 +25,22 @@ Statistics = dict[str, InputStatistics]
 @contextmanager
 def opened_with_groups(model: onnx.ModelProto) -> Iterator[tuple[OpenedModel, tuple[Group, ...]]]:
     with open_model(model) as opened:
-        yield opened, find_groups(survey(opened.model.graph))
+        yield opened, find_groups(survey(opened.model))
 
 
 def collected(model: onnx.ModelProto, feeds: list[Feed], budget_bytes: int = segments.BUDGET_BYTES) -> Statistics:
     """The statistics by the name of the group's input."""
     with opened_with_groups(model) as (opened, groups):
         parts = segments.collect(opened, groups, feeds, budget_bytes=budget_bytes)
-        found = {group.input.name or "": one for finished in parts for group, one in finished}
-        assert len(found) == len(groups)
-        return found
+        made = {group: statistics for finished in parts for group, statistics in finished}
+        assert set(made) == set(groups)
+        return {name: one for statistics in made.values() for name, one in statistics.items()}
 
 
 def tapped(model: onnx.ModelProto, feed: Feed) -> Feed:
     """The inputs of all groups, from one run of the whole model with more outputs."""
-    groups = find_groups(survey(ir.from_proto(model).graph))
-    names = {group.input.name or "" for group in groups}
+    groups = find_groups(survey(ir.from_proto(model)))
+    names = {value.name or "" for group in groups for value in group.inputs}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - set(feed)))
@@ -109,7 +109,7 @@ def test_the_parts_are_the_needed_nodes_in_order() -> None:
             parts = segments.cut(opened.model.graph, groups, budget_bytes)
             positions = [order[node] for part in parts for node in part.nodes]
             assert positions == sorted(set(positions))
-            assert [group for part in parts for group in part.taps] == list(groups)
+            assert [name for part in parts for name in part.taps] == [group.inputs[0].name for group in groups]
 
 
 def test_nodes_after_the_last_tap_are_in_no_part() -> None:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from builders import GraphBuilder, gated_mlp, norm_and_readers, tiny_decoder, two_linears
 
-from awq_onnx.passes.absorb import Gain, Group, Linear, find_groups, is_cache_pair
-from awq_onnx.passes.sites import Refusal, survey
+from awq_onnx.passes.absorb import Absorber, Gain, Group, Linear, find_groups
+from awq_onnx.passes.sites import Choice, Refusal, survey
 
 INPUT = "the input is an input of the model"
 
@@ -21,17 +21,38 @@ Middle = Callable[[GraphBuilder, str], str]
 def groups_of(model: GraphBuilder | onnx.ModelProto) -> dict[str, Group]:
     """The groups by the name of their first site."""
     proto = model.model() if isinstance(model, GraphBuilder) else model
-    return {group.name: group for group in find_groups(survey(ir.from_proto(proto).graph))}
+    return {group.name: group for group in find_groups(survey(ir.from_proto(proto)))}
+
+
+def absorber(group: Group) -> Absorber | Refusal:
+    """The only one, or why there is none."""
+    if isinstance(group.routes, Refusal):
+        return group.routes
+    (route,) = group.routes
+    return route.absorber
 
 
 def refusal(group: Group) -> Refusal:
-    assert isinstance(group.absorber, Refusal)
-    return group.absorber
+    assert isinstance(group.routes, Refusal)
+    return group.routes
 
 
 def linear(group: Group) -> Linear:
-    assert isinstance(group.absorber, Linear)
-    return group.absorber
+    found = absorber(group)
+    assert isinstance(found, Linear)
+    return found
+
+
+def gain(group: Group) -> Gain:
+    found = absorber(group)
+    assert isinstance(found, Gain)
+    return found
+
+
+def moved(group: Group) -> bool:
+    """Whether its channels have to be traced."""
+    assert not isinstance(group.routes, Refusal)
+    return any(route.needs_tracing for route in group.routes)
 
 
 def second(middle: Middle, *, bias: bool = False) -> Group:
@@ -50,15 +71,16 @@ def norm_group(builder: GraphBuilder) -> Group:
 @pytest.mark.parametrize("gain_first", [False, True])
 def test_the_gain_of_a_norm_is_found_on_either_side(gain_first: bool, casts: bool) -> None:
     group = norm_group(norm_and_readers(gain_first=gain_first, casts=casts))
-    assert isinstance(group.absorber, Gain)
-    assert (group.absorber.name, group.absorber.index) == ("norm/Mul_1", 0 if gain_first else 1)
-    assert (group.absorber.tensor.name, group.absorber.channels) == ("norm.weight", 64)
+    found = gain(group)
+    (vector,) = found.vectors
+    assert (found.name, vector.node.name, vector.index) == ("norm/Mul_1", "norm/Mul_1", 0 if gain_first else 1)
+    assert (vector.tensor.name, found.channels) == ("norm.weight", 64)
     assert [site.name for site in group.sites] == ["reader_0", "reader_1"]
-    assert not group.moved
+    assert not moved(group)
 
 
 def test_the_gain_of_a_half_precision_norm_is_found_behind_its_casts() -> None:
-    assert isinstance(norm_group(norm_and_readers(dtype=np.float16)).absorber, Gain)
+    assert isinstance(absorber(norm_group(norm_and_readers(dtype=np.float16))), Gain)
 
 
 def test_a_cast_between_gain_and_reader_is_stepped_over() -> None:
@@ -67,13 +89,13 @@ def test_a_cast_between_gain_and_reader_is_stepped_over() -> None:
     half = builder.cast(normed, np.float16, "half")
     weight = builder.constant(np.ones((64, 8)), "w", np.float16)
     builder.output(builder.add("MatMul", half, weight, name="reader_0"), dtype=np.float16)
-    assert isinstance(norm_group(builder).absorber, Gain)
+    assert isinstance(absorber(norm_group(builder)), Gain)
 
 
 def test_a_reader_of_the_shape_does_not_matter() -> None:
     builder = norm_and_readers()
     builder.output(builder.add("Shape", "norm/Mul_1_output_0"), dtype=np.int64)
-    assert isinstance(norm_group(builder).absorber, Gain)
+    assert isinstance(absorber(norm_group(builder)), Gain)
 
 
 def test_a_residual_that_reads_the_norm_is_refused() -> None:
@@ -89,10 +111,23 @@ def test_a_router_that_is_no_site_is_refused() -> None:
     assert refusal(norm_group(builder)) == Refusal("route", "MatMul reads the same input")
 
 
-def test_a_lm_head_on_the_same_input_is_refused() -> None:
+def norm_and_head() -> GraphBuilder:
+    """Two layers and a head behind one norm."""
     builder = norm_and_readers()
-    head = builder.add("MatMul", "norm/Mul_1_output_0", builder.weight(64, 100), name="head", to="logits")
+    head = builder.add("MatMul", "norm/Mul_1_output_0", builder.weight(64, 100, "head.w"), name="head", to="logits")
     builder.output(head)
+    return builder
+
+
+def test_a_lm_head_on_the_same_input_is_compensated() -> None:
+    group = norm_group(norm_and_head())
+    assert isinstance(absorber(group), Gain)
+    assert [site.name for site in group.compensated] == ["head"]
+
+
+def test_a_lm_head_whose_weight_others_read_is_refused() -> None:
+    builder = norm_and_head()
+    builder.output(builder.add("Transpose", "head.w"))
     assert refusal(norm_group(builder)) == Refusal("head", "MatMul reads the same input")
 
 
@@ -133,13 +168,13 @@ def test_a_gain_along_another_axis_is_none() -> None:
     gain = builder.constant(np.ones((64, 1)))
     scaled = builder.add("Mul", builder.input("x", ["batch", 64, 64]), gain, name="times")
     builder.output(builder.add("MatMul", scaled, builder.weight(64, 8), name="reader_0"))
-    assert isinstance(norm_group(builder).absorber, Refusal)
+    assert isinstance(absorber(norm_group(builder)), Refusal)
 
 
 def test_a_gain_that_callers_may_override_is_none() -> None:
     builder = norm_and_readers()
     builder.input("norm.weight", [64])
-    assert isinstance(norm_group(builder).absorber, Refusal)
+    assert isinstance(absorber(norm_group(builder)), Refusal)
 
 
 # Gated MLPs
@@ -147,15 +182,14 @@ def test_a_gain_that_callers_may_override_is_none() -> None:
 
 def test_down_goes_up_through_the_gate() -> None:
     group = groups_of(gated_mlp())["down/MatMul"]
-    assert (linear(group).name, linear(group).bias, linear(group).channels) == ("up/MatMul", None, 96)
-    assert not group.moved
+    assert (linear(group).name, linear(group).vectors, linear(group).channels) == ("up/MatMul", (), 96)
+    assert not moved(group)
 
 
 def test_a_bias_of_up_is_divided_as_well() -> None:
     found = linear(groups_of(gated_mlp(bias=True))["down/MatMul"])
-    assert found.bias is not None
-    node, index = found.bias
-    assert (node.name, node.inputs[index].name) == ("up/Add", "up.bias")  # type: ignore[union-attr]
+    (bias,) = found.vectors
+    assert (bias.node.name, bias.tensor.name) == ("up/Add", "up.bias")
     assert found.output.name == "up/Add_output_0"
 
 
@@ -183,32 +217,41 @@ def test_sigmoid_of_x_times_x_is_not_walked_through_either() -> None:
     def silu(builder: GraphBuilder, x: str) -> str:
         return builder.add("Mul", builder.add("Sigmoid", x, name="sigmoid"), x, name="silu")
 
-    assert isinstance(second(silu).absorber, Refusal)
+    assert isinstance(absorber(second(silu)), Refusal)
 
 
 def test_a_square_is_refused() -> None:
     """Dividing x by s would divide x * x by s twice."""
     found = refusal(second(lambda b, x: b.add("Mul", x, x, name="square")))
-    assert found == Refusal("square", "Mul reads what comes before twice")
+    assert found == Refusal("square", "Mul reads what comes before, too")
 
 
-def test_relu_passes_a_positive_scale_on() -> None:
-    assert linear(second(lambda b, x: b.add("Relu", x))).name == "first/MatMul"
+@pytest.mark.parametrize("op_type", ["Relu", "LeakyRelu", "Neg", "Identity", "Dropout"])
+def test_a_homogeneous_function_passes_a_positive_scale_on(op_type: str) -> None:
+    assert linear(second(lambda b, x: b.add(op_type, x))).name == "first/MatMul"
 
 
 def test_a_constant_factor_passes_a_scale_on() -> None:
     assert linear(second(lambda b, x: b.add("Mul", x, b.constant(3.0)))).name == "first/MatMul"
 
 
-@pytest.mark.parametrize("op_type", ["Tanh", "Softmax", "Sigmoid", "Erf", "Neg", "Exp"])
+@pytest.mark.parametrize("op_type", ["Tanh", "Softmax", "Sigmoid", "Erf", "Exp"])
 def test_other_functions_in_between_are_refused(op_type: str) -> None:
     found = refusal(second(lambda b, x: b.add(op_type, x, name="between")))
     assert found == Refusal("between", f"{op_type} comes before, which cannot be divided")
 
 
-def test_a_layer_normalization_in_between_is_refused() -> None:
-    found = refusal(second(lambda b, x: b.add("LayerNormalization", x, b.constant(np.ones(32)), name="between")))
-    assert found == Refusal("between", "LayerNormalization comes before, which cannot be divided")
+def test_a_layer_normalization_in_between_absorbs_itself() -> None:
+    group = second(lambda b, x: b.add("LayerNormalization", x, b.constant(np.ones(32)), name="between"))
+    assert gain(group).name == "between"
+
+
+def test_a_normalization_without_a_gain_is_refused() -> None:
+    def normalized(builder: GraphBuilder, x: str) -> str:
+        return builder.add("LayerNormalization", x, builder.input("gain", [32]), name="between")
+
+    expected = Refusal("between", "LayerNormalization comes before, which cannot be divided")
+    assert refusal(second(normalized)) == expected
 
 
 def test_a_sum_of_two_activations_is_refused() -> None:
@@ -218,16 +261,17 @@ def test_a_sum_of_two_activations_is_refused() -> None:
 
 def test_a_function_between_bias_and_matmul_is_refused() -> None:
     def late_bias(builder: GraphBuilder, x: str) -> str:
-        return builder.add("Add", builder.add("Relu", x, name="relu"), builder.constant(np.ones(32)), name="late")
+        return builder.add("Add", builder.add("Tanh", x, name="tanh"), builder.constant(np.ones(32)), name="late")
 
-    assert refusal(second(late_bias)) == Refusal("late", "Add comes before, which cannot be divided")
+    assert refusal(second(late_bias)) == Refusal("tanh", "Tanh comes before, which cannot be divided")
 
 
-def test_two_biases_are_refused() -> None:
+def test_two_biases_are_both_divided() -> None:
     def again(builder: GraphBuilder, x: str) -> str:
         return builder.add("Add", x, builder.constant(np.ones(32)), name="again")
 
-    assert isinstance(second(again, bias=True).absorber, Refusal)
+    found = linear(second(again, bias=True))
+    assert [vector.node.name for vector in found.vectors] == ["again", "first/Add"]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 32)])
@@ -240,7 +284,7 @@ def test_a_constant_that_is_no_vector_of_the_channels_is_no_bias(shape: tuple[in
 def test_an_operator_of_another_domain_is_refused() -> None:
     model = two_linears(lambda b, x: b.add("Relu", x, name="between")).model()
     next(node for node in model.graph.node if node.name == "between").domain = "com.example"
-    assert isinstance(groups_of(model)["second/MatMul"].absorber, Refusal)
+    assert isinstance(absorber(groups_of(model)["second/MatMul"]), Refusal)
 
 
 # What feeds the first layer
@@ -251,12 +295,38 @@ def test_a_matmul_fed_by_an_input_of_the_model_is_refused() -> None:
     assert refusal(found) == Refusal("x", INPUT)
 
 
-def test_a_gemm_before_is_refused() -> None:
+def two_layers(op_type: str, **attributes: int) -> GraphBuilder:
+    """x (32, 32) -> a Gemm "gemm" -> a MatMul "second"."""
     builder = GraphBuilder()
-    first = builder.add("Gemm", builder.input("x", ["rows", 32]), builder.weight(32, 32), name="gemm")
+    first = builder.add(op_type, builder.input("x", [32, 32]), builder.weight(32, 32), name="gemm", **attributes)
     builder.output(builder.linear(first, 32, 8, "second"))
-    found = refusal(groups_of(builder)["second/MatMul"])
-    assert found == Refusal("gemm", "the Gemm before it is not quantised")
+    return builder
+
+
+def test_a_gemm_before_is_divided() -> None:
+    assert linear(groups_of(two_layers("Gemm"))["second/MatMul"]).name == "gemm"
+
+
+def test_a_gemm_that_transposes_its_input_is_refused() -> None:
+    found = refusal(groups_of(two_layers("Gemm", transA=1))["second/MatMul"])
+    assert found == Refusal("gemm", "Gemm comes before, which cannot be divided")
+
+
+def excluded(builder: GraphBuilder, pattern: str) -> Group:
+    """The only group of the layers that `pattern` does not name."""
+    (group,) = find_groups(survey(ir.from_proto(builder.model()), Choice(exclude=(pattern,))))
+    return group
+
+
+def test_a_layer_before_that_the_user_excludes_is_divided_in_float() -> None:
+    assert linear(excluded(two_layers("Gemm"), "gemm")).name == "gemm"
+
+
+def test_an_excluded_layer_before_whose_weight_others_read_is_refused() -> None:
+    builder = two_layers("Gemm")
+    builder.output(builder.add("Transpose", "constant_0"))
+    expected = Refusal("gemm", "the Gemm before it has a weight that others read")
+    assert refusal(excluded(builder, "gemm")) == expected
 
 
 def test_a_layer_with_a_weight_of_three_dimensions_before_is_refused() -> None:
@@ -283,7 +353,7 @@ def moves(builder: GraphBuilder, x: str) -> str:
 def test_heads_are_followed_through_reshape_transpose_and_expand() -> None:
     group = groups_of(two_linears(moves, arriving=64))["second/MatMul"]
     assert (linear(group).name, linear(group).channels, group.K) == ("first/MatMul", 32, 64)
-    assert group.moved
+    assert moved(group)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -293,18 +363,18 @@ def test_o_goes_to_v_through_the_cache(kv_heads: int, bias: bool) -> None:
     for layer in (0, 1):
         found = linear(groups[f"/layers.{layer}/o_proj/MatMul"])
         assert found.name == f"/layers.{layer}/v_proj/MatMul"
-        assert found.caches == (f"present.{layer}.value",)
-        assert (found.bias is not None) == bias
-        assert found.bias is None or found.bias[0].name == f"/layers.{layer}/v_proj/Add"
+        assert groups[f"/layers.{layer}/o_proj/MatMul"].caches == (f"present.{layer}.value",)
+        assert [one.node.name for one in found.vectors] == ([f"/layers.{layer}/v_proj/Add"] if bias else [])
 
 
 def test_without_a_cache_no_output_is_scaled() -> None:
-    assert linear(groups_of(tiny_decoder(cache=False))["/layers.0/o_proj/MatMul"]).caches == ()
+    group = groups_of(tiny_decoder(cache=False))["/layers.0/o_proj/MatMul"]
+    assert (linear(group).name, group.caches) == ("/layers.0/v_proj/MatMul", ())
 
 
 def test_every_matmul_of_a_decoder_has_an_absorber() -> None:
     groups = groups_of(tiny_decoder(layers=1)).values()
-    found = {group.name: group.absorber.name for group in groups if not isinstance(group.absorber, Refusal)}
+    found = {group.name: one.name for group in groups if not isinstance(one := absorber(group), Refusal)}
     assert found == {
         "/layers.0/q_proj/MatMul": "/layers.0/input_layernorm/Mul_1",
         "/layers.0/o_proj/MatMul": "/layers.0/v_proj/MatMul",
@@ -325,7 +395,7 @@ def renamed_past(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
 def test_a_past_whose_name_does_not_pair_is_refused() -> None:
     model = renamed_past(tiny_decoder(layers=1), "past_key_values.0.value", "past_key_values.7.value")
     found = groups_of(model)["/layers.0/o_proj/MatMul"]
-    assert refusal(found) == Refusal("present.0.value", "what comes before is an output of the model as well")
+    assert refusal(found) == Refusal("/layers.0/value/Concat", "Concat comes before, which cannot be divided")
 
 
 def test_a_concat_of_two_activations_is_no_cache() -> None:
@@ -343,33 +413,12 @@ def test_a_cache_that_is_read_by_something_else_too_is_refused() -> None:
     assert found == Refusal("spy", "Relu reads what comes before, too")
 
 
-@pytest.mark.parametrize(
-    ("past", "present", "pair"),
-    [
-        ("past_key_values.3.value", "present.3.value", True),
-        ("past_key_values.3.value", "present_key_values.3.value", True),
-        ("past_value_3", "present_value_3", True),
-        ("past_key_values.3.value", "present.13.value", False),
-        ("past_key_values.3.value", "present.3.key", False),
-        ("value", "value", False),
-        ("past_key_values.3.value", "value.3", False),
-    ],
-)
-def test_cache_pairs_go_by_name(past: str, present: str, pair: bool) -> None:
-    graph = ir.Graph([ir.val(past)], [], nodes=[])
-    assert is_cache_pair(graph.inputs[0], present) is pair
-
-
-def test_a_past_that_is_no_input_of_the_model_is_no_cache() -> None:
-    assert not is_cache_pair(ir.val("past_key_values.3.value"), "present.3.value")
-
-
 def test_widths_that_do_not_agree_are_refused() -> None:
     """A layer with one column, broadcast by a Mul: its one channel cannot absorb 32 scales."""
     builder = GraphBuilder()
     x = builder.input("x", ["batch", "sequence", 32])
     narrow = builder.linear(x, 32, 1, "narrow")
-    wide = builder.add("Mul", narrow, builder.input("factor", ["batch", "sequence", 32]))
+    wide = builder.add("Mul", builder.add("Tanh", builder.input("factor", ["batch", "sequence", 32])), narrow)
     builder.output(builder.linear(wide, 32, 8, "second"))
     found = refusal(groups_of(builder)["second/MatMul"])
     assert found.reason == "what comes before has 1 channels, the input 32"

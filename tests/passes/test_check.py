@@ -30,13 +30,13 @@ def rewritten(
 ) -> check.Outline:
     """Rewrite the one site with tensors of these shapes; what the graph was before."""
     before = check.outline_of(model.graph)
-    (site,) = survey(model.graph).sites
+    (site,) = survey(model).sites
     weight = PackedWeight(
         ir.Tensor(np.zeros(codes, np.uint8), name="codes"),
         ir.Tensor(np.ones(scales, np.float32), name="scales"),
         None if zero_points is None else ir.Tensor(np.zeros(zero_points, np.uint8), name="zero_points"),
     )
-    rewrite.to_matmul_nbits(model, site, weight, block_size=BLOCK, accuracy_level=4, metadata={})
+    rewrite.to_matmul_nbits(model, site, weight, block_size=BLOCK, bits=4, accuracy_level=4, metadata={})
     return before
 
 
@@ -92,7 +92,7 @@ def test_a_matmul_that_was_lost_is_found() -> None:
     model.graph.outputs[0] = node.inputs[0]  # type: ignore[assignment]
     model.graph.outputs[0].name = "y0"
     model.graph.remove(node, safe=True)
-    with pytest.raises(InternalError, match="1 MatMul replaced"):
+    with pytest.raises(InternalError, match="1 layers replaced"):
         check.check(model.graph, before)
 
 

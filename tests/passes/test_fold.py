@@ -2,99 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import GraphBuilder, decoder_feed, gated_mlp, norm_and_readers, run, tiny_decoder, two_linears
-from numpy.typing import NDArray
+from builders import Array, GraphBuilder, decoder_feed, gated_mlp, norm_and_readers, run, tiny_decoder, two_linears
+from folding import assert_close, assert_folding_changes_nothing, folded_at_random, random_x
 
-from awq_onnx import pipeline
-from awq_onnx.calibrate import channels
-from awq_onnx.passes import fold, skeleton
-from awq_onnx.passes.absorb import Gain, Linear
-from awq_onnx.passes.sites import Refusal, Site
-
-Array = NDArray[Any]
-Feed = dict[str, Array]
-
-
-def folded_at_random(model: onnx.ModelProto, feed: Feed, folder: Path) -> tuple[onnx.ModelProto, set[str]]:
-    """Every fold of the plan, with scales out of the blue instead of a search; and which nodes were divided."""
-    opened = ir.from_proto(model)
-    plan = pipeline.make_plan(opened.graph)
-    traced = skeleton.traced(plan.groups)
-    maps = dict(zip(traced, channels.trace(opened, folder, traced, feed), strict=True))
-    rng = np.random.default_rng(1)
-    divided = set()
-    for group in plan.groups:
-        absorber, sources = group.absorber, maps.get(group, np.arange(group.K))
-        if isinstance(absorber, Refusal) or isinstance(sources, Refusal):
-            continue
-        scale = np.exp(rng.standard_normal(absorber.channels)).astype(np.float32)
-        if isinstance(absorber, Gain):
-            fold.fold_into_gain(opened.graph, absorber, scale)
-        else:
-            divide_columns(opened.graph, absorber, scale)
-        for site in group.sites:
-            multiply(site, rows=scale[sources])
-        divided.add(absorber.name)
-    return ir.to_proto(opened), divided
-
-
-def divide_columns(graph: ir.Graph, linear: Linear, scale: Array) -> None:
-    multiply(linear.site, columns=1 / scale)
-    if linear.bias is not None:
-        fold.divide_constant(graph, *linear.bias, scale)
-
-
-def multiply(site: Site, rows: Array | float = 1.0, columns: Array | float = 1.0) -> None:
-    """Scale the float weight of a site in place: what the pipeline does while it rounds."""
-    weight = site.node.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    values = weight.const_value.numpy() * np.reshape(rows, (-1, 1)) * columns
-    weight.const_value = ir.Tensor(values.astype(weight.const_value.numpy().dtype), name=weight.name)
-
-
-def assert_close(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-    for name, values in expected.items():
-        error = np.abs(actual[name].astype(np.float64) - values).max() / np.abs(values).max()
-        assert error < 2e-5, name
-
-
-def random_x(K: int) -> Feed:
-    return {"x": np.random.default_rng(2).standard_normal((2, 5, K)).astype(np.float32)}
+from awq_onnx.passes import fold
+from awq_onnx.passes.absorb import Vector
 
 
 @pytest.mark.parametrize("casts", [False, True])
 @pytest.mark.parametrize("gain_first", [False, True])
 def test_folding_into_a_gain_changes_nothing(tmp_path: Path, gain_first: bool, casts: bool) -> None:
     model, feed = norm_and_readers(gain_first=gain_first, casts=casts).model(), random_x(64)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert divided == {"norm/Mul_1"}
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert folded.divided == {"norm/Mul_1"}
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "none"])
 def test_folding_a_gated_mlp_changes_nothing(tmp_path: Path, activation: str, bias: bool) -> None:
     model, feed = gated_mlp(activation=activation, bias=bias).model(), random_x(64)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert "norm/Mul_1" in divided
-    assert len(divided) == 2
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert "norm/Mul_1" in folded.divided
+    assert len(folded.divided) == 2
 
 
 def test_folding_through_relu_changes_nothing(tmp_path: Path) -> None:
     model, feed = two_linears(lambda b, x: b.add("Relu", x), bias=True).model(), random_x(32)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert divided == {"first/MatMul"}
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert folded.divided == {"first/MatMul"}
 
 
 def in_two_steps(model: onnx.ModelProto, ids: Array) -> list[Array]:
@@ -113,9 +54,9 @@ IDS = np.random.default_rng(3).integers(0, 160, (2, 6))
 @pytest.mark.parametrize("bias", [False, True])
 def test_folding_a_decoder_changes_no_logit_of_prefill_or_decode(tmp_path: Path, bias: bool, kv_heads: int) -> None:
     model = tiny_decoder(kv_heads=kv_heads, bias=bias)
-    folded, divided = folded_at_random(model, decoder_feed(model, IDS[:1]), tmp_path)
-    assert len(divided) == 8  # two norms, v and up, in each of two layers
-    for actual, expected in zip(in_two_steps(folded, IDS), in_two_steps(model, IDS), strict=True):
+    folded = folded_at_random(model, decoder_feed(model, IDS[:1]), tmp_path)
+    assert len(folded.divided) == 8  # two norms, v and up, in each of two layers
+    for actual, expected in zip(in_two_steps(folded.model, IDS), in_two_steps(model, IDS), strict=True):
         assert_close({"logits": actual}, {"logits": expected})
 
 
@@ -124,16 +65,16 @@ def test_folding_a_decoder_changes_no_logit_of_prefill_or_decode(tmp_path: Path,
 def test_folding_a_decoder_without_caches_changes_no_logit(tmp_path: Path, bias: bool, kv_heads: int) -> None:
     model = tiny_decoder(kv_heads=kv_heads, bias=bias, cache=False)
     feed = decoder_feed(model, IDS)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert len(divided) == 8
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert len(folded.divided) == 8
 
 
 def test_only_the_value_cache_is_scaled(tmp_path: Path) -> None:
     model = tiny_decoder(layers=1)
     feed = decoder_feed(model, IDS)
-    folded, _ = folded_at_random(model, feed, tmp_path)
-    before, after = run(model, feed), run(folded, feed)
+    folded = folded_at_random(model, feed, tmp_path)
+    before, after = run(model, feed), run(folded.model, feed)
+    assert folded.caches == {"present.0.value"}
     np.testing.assert_allclose(after["present.0.key"], before["present.0.key"], rtol=1e-3, atol=1e-5)
     assert np.abs(after["present.0.value"] / before["present.0.value"] - 1).max() > 0.5
 
@@ -159,7 +100,13 @@ def gain_values(graph: ir.Graph) -> list[list[float]]:
 
 def divide_gain(graph: ir.Graph, node: int, scale: list[float]) -> None:
     found = [one for one in graph if one.op_type == "Mul"][node]
-    fold.fold_into_gain(graph, Gain(found, 1), np.array(scale, np.float32))
+    fold.divide_vector(graph, vector_of(found), np.array(scale, np.float32))
+
+
+def vector_of(node: ir.Node, index: int = 1) -> Vector:
+    tensor = ir.convenience.get_const_tensor(node.inputs[index])  # type: ignore[arg-type]
+    assert tensor is not None
+    return Vector(node, index, tensor)
 
 
 def test_a_gain_is_divided_in_place() -> None:
@@ -168,7 +115,7 @@ def test_a_gain_is_divided_in_place() -> None:
     assert before is not None
     count, values = len(graph.initializers), before.numpy().copy()
     node = next(node for node in graph if node.name == "norm/Mul_1")
-    fold.fold_into_gain(graph, Gain(node, 1), np.full(64, 4, np.float32))
+    fold.divide_vector(graph, vector_of(node), np.full(64, 4, np.float32))
     after = graph.initializers["norm.weight"].const_value
     assert after is not None
     assert len(graph.initializers) == count
@@ -218,11 +165,10 @@ def test_a_number_that_other_nodes_read_is_not_touched(tmp_path: Path) -> None:
     builder.output(builder.add("MatMul", normed, builder.weight(64, 8)))
     builder.output(builder.add("Mul", x, number))
     model, feed = builder.model(), random_x(64)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert divided == {"norm/Mul_1"}
-    (kept,) = (tensor for tensor in folded.graph.initializer if tensor.name == "number")
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert folded.divided == {"norm/Mul_1"}
+    (kept,) = (tensor for tensor in folded.model.graph.initializer if tensor.name == "number")
     assert onnx.numpy_helper.to_array(kept) == 0.5
-    assert_close(run(folded, feed), run(model, feed))
 
 
 def test_a_bias_that_another_layer_reads_is_copied(tmp_path: Path) -> None:
@@ -233,9 +179,8 @@ def test_a_bias_that_another_layer_reads_is_copied(tmp_path: Path) -> None:
         up = builder.add("Add", builder.linear(x, 32, 32, f"{name}.up"), bias, name=f"{name}.bias")
         builder.output(builder.linear(up, 32, 8, f"{name}.down"))
     model, feed = builder.model(), random_x(32)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert divided == {"a.up/MatMul", "b.up/MatMul"}
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert folded.divided == {"a.up/MatMul", "b.up/MatMul"}
 
 
 def test_a_bias_with_leading_ones_is_divided(tmp_path: Path) -> None:
@@ -243,9 +188,8 @@ def test_a_bias_with_leading_ones_is_divided(tmp_path: Path) -> None:
         return builder.add("Add", x, builder.constant(np.arange(32.0).reshape(1, 1, 32), "bias"))
 
     model, feed = two_linears(biased).model(), random_x(32)
-    folded, divided = folded_at_random(model, feed, tmp_path)
-    assert divided == {"first/MatMul"}
-    assert_close(run(folded, feed), run(model, feed))
+    folded = assert_folding_changes_nothing(model, feed, tmp_path)
+    assert folded.divided == {"first/MatMul"}
 
 
 def test_dividing_rounds_once() -> None:
@@ -264,7 +208,7 @@ def test_what_nothing_reads_any_more_goes_with_what_only_it_read() -> None:
     graph = ir.from_proto(builder.model()).graph
     (value,) = (node.outputs[0] for node in graph if node.name == "sum")
     graph.outputs.remove(value)
-    fold.remove_unread(graph, value)
+    fold.remove_unread(value)
     assert [node.op_type for node in graph] == ["Mul"]
     assert list(graph.initializers) == ["shared"]
 
@@ -272,5 +216,5 @@ def test_what_nothing_reads_any_more_goes_with_what_only_it_read() -> None:
 def test_what_is_an_output_of_the_model_stays() -> None:
     graph = ir.from_proto(norm_and_readers().model()).graph
     count = len(list(graph))
-    fold.remove_unread(graph, graph.outputs[0])
+    fold.remove_unread(graph.outputs[0])
     assert len(list(graph)) == count

@@ -36,7 +36,7 @@ def packed(site: Site, name: str, *, symmetric: bool = False) -> PackedWeight:
 def rewritten(proto: onnx.ModelProto, *, symmetric: bool = False, accuracy_level: int = 0) -> ir.Model:
     """The model with all of its sites rewritten."""
     model = ir.from_proto(proto)
-    sites = survey(model.graph).sites
+    sites = survey(model).sites
     names = rewrite.weight_names(sites)
     for site in sites:
         rewrite.to_matmul_nbits(
@@ -44,6 +44,7 @@ def rewritten(proto: onnx.ModelProto, *, symmetric: bool = False, accuracy_level
             site,
             packed(site, names[site], symmetric=symmetric),
             block_size=BLOCK,
+            bits=4,
             accuracy_level=accuracy_level,
             metadata={"awq_onnx.alpha": "0.5"},
         )
@@ -189,7 +190,7 @@ def layers_named(*node_names: str, outputs: tuple[str, ...] | None = None) -> Gr
 
 
 def names_of(builder: GraphBuilder) -> list[str]:
-    return list(rewrite.weight_names(survey(ir.from_proto(builder.model()).graph).sites).values())
+    return list(rewrite.weight_names(survey(ir.from_proto(builder.model())).sites).values())
 
 
 def test_packed_tensors_are_named_for_their_node() -> None:

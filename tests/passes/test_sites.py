@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import GraphBuilder, norm_and_readers
+from builders import Array, GraphBuilder, norm_and_readers
 from onnx import helper, numpy_helper
 
-from awq_onnx.passes.sites import Refusal, Site, Survey, find_site, node_name, quantized_nodes, survey
+from awq_onnx.passes.sites import Choice, Refusal, Site, Survey, find_site, node_name, quantized_nodes, survey
 
 K, N = 16, 24
 WeightMaker = Callable[[GraphBuilder], str]
@@ -31,7 +32,12 @@ def layer(make_weight: WeightMaker, *, op_type: str = "MatMul", x_dtype: type = 
 
 
 def surveyed(builder: GraphBuilder) -> Survey:
-    return survey(graph_of(builder))
+    return survey(ir.from_proto(builder.model()))
+
+
+def found_in(builder: GraphBuilder) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
+    found = surveyed(builder)
+    return found.sites, found.kept
 
 
 def only_site(builder: GraphBuilder) -> Site:
@@ -118,9 +124,59 @@ def test_a_weight_behind_identity_cast_and_transpose_is_a_site() -> None:
     assert (site.tensor.name, site.transposed, site.K, site.N) == ("w", True, K, N)
 
 
-def test_a_gemm_is_refused() -> None:
-    refusal = only_refusal(layer(lambda b: b.weight(K, N, "w"), op_type="Gemm"))
-    assert refusal == Refusal("layer", "Gemm is not supported yet, only MatMul")
+def gemm(*, x: tuple[int | str, int | str] = ("rows", K), bias: Array | None = None, **attributes: Any) -> GraphBuilder:
+    """x -> a Gemm "layer" with the weight w -> an output."""
+    builder = GraphBuilder()
+    rows = builder.input("x", list(x))
+    weight = builder.weight(N, K, "w") if attributes.get("transB") else builder.weight(K, N, "w")
+    inputs = [rows, weight, *([] if bias is None else [builder.constant(bias, "c")])]
+    builder.output(builder.add("Gemm", *inputs, name="layer", **attributes))
+    return builder
+
+
+@pytest.mark.parametrize("trans_b", [0, 1])
+def test_a_gemm_is_a_site(trans_b: int) -> None:
+    site = only_site(gemm(transB=trans_b, alpha=0.5))
+    assert (site.name, site.K, site.N, site.transposed) == ("layer", K, N, bool(trans_b))
+    assert (site.factor, site.bias, site.dtype) == (0.5, None, ir.DataType.FLOAT)
+
+
+def test_a_gemm_behind_a_transpose_that_it_undoes_is_not_transposed() -> None:
+    builder = GraphBuilder()
+    turned = builder.add("Transpose", builder.weight(K, N, "w"), perm=[1, 0])
+    builder.output(builder.add("Gemm", builder.input("x", ["rows", K]), turned, name="layer", transB=1))
+    site = only_site(builder)
+    assert (site.K, site.N, site.transposed) == (K, N, False)
+
+
+@pytest.mark.parametrize("shape", [(N,), (1, N), (1,), ()])
+def test_a_bias_of_a_gemm_is_known(shape: tuple[int, ...]) -> None:
+    site = only_site(gemm(bias=np.ones(shape), beta=2.0))
+    assert site.bias is not None
+    assert (site.bias.size, site.beta) == (N if N in shape else 1, 2.0)
+
+
+def test_a_gemm_that_adds_a_number_to_each_row_is_refused() -> None:
+    assert only_refusal(gemm(x=(5, K), bias=np.ones((5, 1)))).reason == "what it adds is no constant vector"
+
+
+def test_a_gemm_that_adds_an_activation_is_refused() -> None:
+    builder = GraphBuilder()
+    inputs = [builder.input("x", ["rows", K]), builder.weight(K, N), builder.input("c", [N])]
+    builder.output(builder.add("Gemm", *inputs, name="layer"))
+    assert only_refusal(builder) == Refusal("layer", "what it adds is no constant vector")
+
+
+def test_a_gemm_that_transposes_its_input_is_refused() -> None:
+    assert only_refusal(gemm(x=(K, "rows"), transA=1)) == Refusal("layer", "it transposes its input")
+
+
+def test_a_gemm_whose_bias_is_left_out_by_an_empty_name_is_a_site() -> None:
+    builder = GraphBuilder()
+    node = helper.make_node("Gemm", [builder.input("x", ["rows", K]), builder.weight(K, N), ""], ["y"], name="layer")
+    builder.nodes.append(node)
+    builder.output("y")
+    assert only_site(builder).bias is None
 
 
 def test_a_weight_of_three_dimensions_is_refused() -> None:
@@ -138,9 +194,15 @@ def test_a_weight_in_bfloat16_is_refused() -> None:
     assert refusal.reason == "its weight is BFLOAT16, only FLOAT and FLOAT16 have a kernel"
 
 
-def test_a_double_weight_cast_to_float_is_refused() -> None:
-    refusal = only_refusal(layer(lambda b: cast(b, b.constant(np.ones((K, N)), "w", np.float64), np.float32)))
-    assert "DOUBLE" in refusal.reason
+@pytest.mark.parametrize("stored", [np.float64, ml_dtypes.bfloat16])
+def test_a_weight_in_another_float_type_cast_to_float_is_a_site(stored: type) -> None:
+    site = only_site(layer(lambda b: cast(b, b.constant(np.ones((K, N)), "w", stored), np.float32)))
+    assert site.dtype is ir.DataType.FLOAT
+
+
+def test_whole_numbers_cast_to_float_are_refused() -> None:
+    refusal = only_refusal(layer(lambda b: cast(b, b.constant(np.ones((K, N)), "w", np.int8), np.float32)))
+    assert refusal.reason == "its weight is INT8, only FLOAT and FLOAT16 have a kernel"
 
 
 def test_an_empty_weight_is_refused() -> None:
@@ -152,19 +214,50 @@ def test_an_empty_weight_is_refused() -> None:
     "make_weight",
     [
         pytest.param(lambda b: b.input("w", ["batch", K, N]), id="activation"),
-        pytest.param(lambda b: b.add("Neg", b.weight(K, N)), id="computed"),
         pytest.param(lambda b: b.constant(np.ones(K)), id="vector"),
-        pytest.param(lambda b: b.add("Transpose", b.constant(np.ones((1, N, K))), perm=[0, 2, 1]), id="batched"),
+        pytest.param(lambda b: b.add("RandomNormal", shape=[K, N]), id="random"),
     ],
 )
 def test_what_is_no_linear_layer_is_neither_site_nor_refusal(make_weight: WeightMaker) -> None:
-    assert surveyed(layer(make_weight)) == Survey((), ())
+    assert found_in(layer(make_weight)) == ((), ())
 
 
-def test_a_weight_on_the_left_is_no_site() -> None:
+@pytest.mark.parametrize(
+    "make_weight",
+    [
+        pytest.param(lambda b: b.add("Neg", b.weight(K, N)), id="Neg"),
+        pytest.param(lambda b: b.add("Add", b.constant(1.0), b.weight(K, N)), id="one plus"),
+        pytest.param(lambda b: b.add("Reshape", b.weight(K, N), b.integers(K, N)), id="Reshape"),
+        pytest.param(lambda b: dequantized_weight(b, np.int8), id="int8"),
+        pytest.param(lambda b: dequantized_weight(b, np.uint8), id="uint8"),
+    ],
+)
+def test_a_weight_that_a_few_nodes_compute_from_constants_is_a_site(make_weight: WeightMaker) -> None:
+    site = only_site(layer(make_weight))
+    assert (site.K, site.N, site.transposed, site.dtype) == (K, N, False, ir.DataType.FLOAT)
+    assert site.tensor.numpy().shape == (K, N)
+
+
+def dequantized_weight(builder: GraphBuilder, dtype: type) -> str:
+    codes = builder.constant(builder.rng.integers(0, 100, (K, N)), dtype=dtype)
+    return builder.add("DequantizeLinear", codes, builder.constant(np.linspace(0.1, 1, N)), axis=1)
+
+
+def test_a_computed_weight_is_what_onnxruntime_makes_of_it() -> None:
+    builder = layer(lambda b: dequantized_weight(b, np.int8))
+    codes, scales = (numpy_helper.to_array(one) for one in builder.initializers)
+    np.testing.assert_allclose(only_site(builder).tensor.numpy(), codes * scales, rtol=1e-6)
+
+
+def test_a_batched_weight_behind_a_transpose_is_refused() -> None:
+    weight = layer(lambda b: b.add("Transpose", b.constant(np.ones((1, N, K))), perm=[0, 2, 1]))
+    assert only_refusal(weight).reason == "its weight has 3 dimensions, only 2 are supported"
+
+
+def test_a_weight_on_the_left_is_refused() -> None:
     builder = GraphBuilder()
-    builder.output(builder.add("MatMul", builder.weight(N, K), builder.input("x", [K, "columns"])))
-    assert surveyed(builder) == Survey((), ())
+    builder.output(builder.add("MatMul", builder.weight(N, K), builder.input("x", [K, "columns"]), name="layer"))
+    assert only_refusal(builder) == Refusal("layer", "its weight stands on the left")
 
 
 def test_an_initializer_that_callers_may_override_is_no_constant() -> None:
@@ -172,12 +265,12 @@ def test_an_initializer_that_callers_may_override_is_no_constant() -> None:
         builder.input("w", [K, N])
         return builder.weight(K, N, "w")
 
-    assert surveyed(layer(overridable)) == Survey((), ())
+    assert found_in(layer(overridable)) == ((), ())
 
 
 def test_a_matmul_of_another_domain_is_no_site() -> None:
     node = ir.node("MatMul", [ir.val("x"), ir.val("w")], domain="com.example")
-    assert find_site(node) is None
+    assert find_site(node, {}) is None
 
 
 def with_head(
@@ -242,16 +335,6 @@ def test_a_layer_before_other_arithmetic_is_no_head(after: Callable[[GraphBuilde
     assert "head" in names(surveyed(with_head(logits="out", after=after)))
 
 
-def test_matmuls_on_one_input_are_grouped_in_graph_order() -> None:
-    builder = norm_and_readers(columns=(48, 32, 8))
-    builder.output(builder.linear("y1", 32, 8, "later"))
-    groups = surveyed(builder).by_input()
-    assert [[site.name for site in sites] for sites in groups.values()] == [
-        ["reader_0", "reader_1", "reader_2"],
-        ["later/MatMul"],
-    ]
-
-
 def test_two_matmuls_with_one_weight_are_two_sites() -> None:
     builder = GraphBuilder()
     w = builder.weight(K, K)
@@ -277,20 +360,22 @@ def test_matmul_nbits_is_found_as_quantised() -> None:
     assert [node.name for node in found] == ["quantised"]
 
 
-def dequantized(dims: tuple[int, ...]) -> onnx.ModelProto:
-    builder = GraphBuilder()
-    codes = builder.constant(np.ones(dims), dtype=np.int8)
+def dequantized(dims: tuple[int, ...], dtype: Any) -> onnx.ModelProto:
+    builder = GraphBuilder(opset=21)
+    codes = builder.constant(np.ones(dims), dtype=dtype)
     floats = builder.add("DequantizeLinear", codes, builder.constant(0.1), name="weight")
     builder.output(builder.add("Add", builder.input("x", [*dims]), floats))
     return builder.model()
 
 
-def test_a_dequantised_weight_is_found_as_quantised() -> None:
-    assert [node.name for node in quantized_nodes(ir.from_proto(dequantized((K, N))).graph)] == ["weight"]
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4])
+def test_a_weight_of_few_bits_is_found_as_quantised(dtype: Any) -> None:
+    assert [node.name for node in quantized_nodes(ir.from_proto(dequantized((K, N), dtype)).graph)] == ["weight"]
 
 
-def test_a_dequantised_vector_is_not() -> None:
-    assert quantized_nodes(ir.from_proto(dequantized((N,))).graph) == []
+@pytest.mark.parametrize(("dims", "dtype"), [((K, N), np.int8), ((K, N), np.uint8), ((N,), ml_dtypes.int4)])
+def test_a_weight_of_eight_bits_or_a_vector_is_not(dims: tuple[int, ...], dtype: Any) -> None:
+    assert quantized_nodes(ir.from_proto(dequantized(dims, dtype)).graph) == []
 
 
 def test_an_activation_that_is_dequantised_is_not() -> None:
@@ -314,4 +399,4 @@ def test_a_product_of_two_constants_is_no_site() -> None:
     builder = GraphBuilder()
     folded = builder.add("MatMul", builder.weight(K, K), builder.weight(K, N))
     builder.output(builder.add("Add", folded, builder.input("x", [K, N])))
-    assert surveyed(builder) == Survey((), ())
+    assert found_in(builder) == ((), ())
