@@ -12,10 +12,13 @@ turns it into the (N, G, b/2) of the file. A last block that K does not fill is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
@@ -74,7 +77,7 @@ def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
 
     A scale that would be 0 (an all-zero block, or one too small for `dtype`) is 1: its codes are then 0.
     """
-    largest = np.finfo(np.dtype(dtype)).max
+    largest = float(FINFO(dtype).max)
     rounded = np.clip(scales, -largest, largest).astype(dtype).astype(np.float32)
     smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
     return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
@@ -103,7 +106,8 @@ def minmax_grid(blocks: Float32, fmt: Format) -> Grid:
 
 def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
     """The nearest code of every weight, less its zero point: float32 integers (G, b, N)."""
-    steps: Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
+    steps: FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
+Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
     np.rint(steps, out=steps)
     np.maximum(steps, -grid.zero_points[:, None, :], out=steps)
     np.minimum(steps, (max_code(grid.bits) - grid.zero_points)[:, None, :], out=steps)
@@ -112,7 +116,8 @@ def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Fl
 
 def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
     """(code - zero_point) * scale for codes from `centred_codes`: float32 (G, b, N)."""
-    weights: Float32 = np.multiply(centred, grid.scales[:, None, :], out=out)
+    weights: FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
+Float32 = np.multiply(centred, grid.scales[:, None, :], out=out)
     return weights
 
 

@@ -91,7 +91,10 @@ def quantize_group(
     """
     seen = {name: one for name, one in statistics.items() if one.tokens}
     layers = _layers(group.sites)
-    readers = [Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, group.K)) for sites in layers]
+    readers = [
+        Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, group.K), sites[0].head_size)
+        for sites in layers
+    ]
     absorbers = _absorbers(group, channels, seen)
     sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
     foldable = () if isinstance(absorbers, Refusal) else absorbers

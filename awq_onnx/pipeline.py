@@ -27,7 +27,10 @@ from awq_onnx.meter import Meter
 from awq_onnx.passes import check, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, Linear, find_groups
 from awq_onnx.passes.branches import separate_names
+from awq_onnx.passes.experts import split_experts
+from awq_onnx.passes.facts import facts_of
 from awq_onnx.passes.inline import inline_functions
+from awq_onnx.passes.pointwise import write_as_matmuls
 from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
@@ -77,6 +80,7 @@ def quantize(
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
             kept=plan.survey.kept,
+            notes=(*plan.notes, *_notes(plan)),
             scaled_caches=_scaled_caches(results),
             size_before_bytes=opened.size_bytes,
             size_after_bytes=size_after_bytes,
@@ -90,19 +94,19 @@ def quantize(
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done: every site, in groups that share an input and a scale."""
+    """What will be done: every site, in groups that share a scale. notes: what was done to the graph to find them."""
 
     survey: Survey
     groups: tuple[Group, ...]
+    notes: tuple[str, ...]
 
 
 def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
-    """Look at the graph; read no weight, change nothing but where layers are hidden in functions: those are inlined.
+    """Look at the graph and read no weight. Layers that hide in functions, Convs and stacks of experts are brought out.
 
     Raises AlreadyQuantizedError, NothingToQuantizeError, RecipeError.
     """
-    inline_functions(model)
-    separate_names(model.graph)
+    notes = _brought_out(model)
     quantized = sites.quantized_nodes(model.graph)
     if quantized:
         raise AlreadyQuantizedError(
@@ -117,7 +121,21 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
         raise NothingToQuantizeError(
             f"the model has no linear layer with a constant weight that can be quantised{kept}"
         )
-    return Plan(survey, find_groups(survey))
+    return Plan(survey, find_groups(survey), notes)
+
+
+def _brought_out(model: ir.Model) -> tuple[str, ...]:
+    """Rewrite what hides linear layers; a sentence for each thing that the user will see in the graph."""
+    inline_functions(model)
+    separate_names(model.graph)
+    convs = write_as_matmuls(model.graph)
+    stacks = split_experts(model, facts_of(model))
+    notes = []
+    if convs:
+        notes.append(f"{convs} Convs of kernel 1 between Transposes are linear layers; the Transposes are gone")
+    if stacks:
+        notes.append(f"{stacks} MatMuls with stacked experts are a MatMul each now, with a Split and a Concat around")
+    return tuple(notes)
 
 
 def _check_patterns(recipe: Recipe, survey: Survey) -> None:
@@ -291,6 +309,12 @@ def _measure(
     return compare_sessions(
         runtime.session(original, folder, fuse=False), quantized, calibration_data.held_out, wanted, progress.advance
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    if any(site.dtype == ir.DataType.BFLOAT16 for site in plan.survey.sites):
+        return ["onnxruntime runs bfloat16 on CUDA only; here the models were run and compared as float32"]
+    return []
 
 
 def _scaled_caches(results: Sequence[GroupResult]) -> int:

@@ -56,6 +56,7 @@ class Report:
     calibration: str
     matmuls: tuple[MatMulReport, ...]
     kept: tuple[Refusal, ...]
+    notes: tuple[str, ...]
     scaled_caches: int
     size_before_bytes: int
     size_after_bytes: int
@@ -90,6 +91,7 @@ class Report:
         unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None)
         rows += [("Not scaled", text) for text in _grouped(unscaled)]
         rows += [("", text) for text in _mul_advice(self.matmuls)]
+        rows += [("Note", note) for note in self.notes]
         if self.scaled_caches:
             rows.append(
                 (

@@ -8,7 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from ml_dtypes import bfloat16
+
 from awq_onnx.errors import MissingPackageError, RuntimeFailedError
+from awq_onnx.widen import float32_twin
+
+LARGEST_GRAPH_BYTES = 64 << 20  # files above hold weights: no bfloat16 model of ours is one
 
 
 def onnxruntime() -> ModuleType:
@@ -42,16 +48,24 @@ def session(model: bytes, folder: Path, *, fuse: bool = True, prepack: bool = Fa
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return _create(model, options)
+    return _create(float32_twin(model), options)
 
 
 def client_session(model: Path) -> Any:
-    """An InferenceSession as an application would make it: nothing set."""
+    """An InferenceSession as an application would make it: nothing set. For a bfloat16 model, which the CPU cannot
+    run, that of its float32 twin.
+    """
+    if model.stat().st_size < LARGEST_GRAPH_BYTES:
+        graph = model.read_bytes()
+        twin = float32_twin(graph)
+        if twin is not graph:
+            return session(twin, model.resolve().parent)
     return _create(model, _options())
 
 
 def run(running: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
-    """`running.run`, its failures as RuntimeFailedError."""
+    """`running.run`, its failures as RuntimeFailedError; bfloat16 arrays go in as the float32 of a twin."""
+    feeds = {name: one.astype(np.float32) if one.dtype == bfloat16 else one for name, one in feeds.items()}
     try:
         results: list[Any] = running.run(outputs, feeds)
     except Exception as error:  # onnxruntime raises classes of its own, all from Exception

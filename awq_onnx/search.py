@@ -74,6 +74,11 @@ class InputStatistics:
         along = self.principal.T @ error  # (8, N)
         return float(self.rest @ spread + np.vdot(along, along))
 
+    def column_energy(self, weight: Float32) -> Float32:
+        """About w' H w for every column w of a weight (K, N): float32 (N,)."""
+        spread: Float32 = self.rest @ np.square(weight) + np.square(self.principal.T @ weight).sum(axis=0)
+        return spread
+
     @classmethod
     def flat(cls, K: int) -> InputStatistics:
         """What to assume of an input that calibration never saw: every channel matters the same."""
@@ -96,10 +101,33 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Reader:
-    """One weight (K, N), float32, and what is known of its input."""
+    """One weight (K, N), float32, and what is known of its input.
+
+    head_size: how many neighbouring columns are normalised together right after (q_norm, k_norm), None where that is
+    not so. An error then counts relative to what such a head carries: however small that is, the norm brings it to
+    the size of all others.
+    """
 
     weight: Float32
     statistics: InputStatistics
+    head_size: int | None = None
+
+    @cached_property
+    def emphasis(self) -> Float32 | None:
+        """The root of mean energy / energy of its head, for each column: float32 (N,)."""
+        if self.head_size is None:
+            return None
+        heads = self.statistics.column_energy(self.weight).reshape(-1, self.head_size).mean(axis=1)
+        live = heads > 0
+        factors = np.sqrt(np.divide(heads.mean(), heads, out=np.ones_like(heads), where=live))
+        emphasis: Float32 = np.repeat(factors, self.head_size)
+        return emphasis
+
+    def emphasized(self, error: Float32, columns: slice = slice(None)) -> Float32:
+        """An error (K, n) of these columns, each as much as it counts; in place."""
+        if self.emphasis is not None:
+            error *= self.emphasis[columns]
+        return error
 
 
 @dataclass(frozen=True)
@@ -182,7 +210,8 @@ def _plain_losses(reader: Reader, scales: Sequence[Float32], fmt: Format) -> NDA
     def work(columns: slice) -> list[float]:
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
-        return [statistics.estimated_loss(_plain_error(blocks, scale, fmt, scaled, error)) for scale in scales]
+        errors = (_plain_error(blocks, scale, fmt, scaled, error) for scale in scales)
+        return [statistics.estimated_loss(reader.emphasized(one, columns)) for one in errors]
 
     total: NDArray[np.float64] = np.sum(map_columns(weight.shape[1], work), axis=0)
     return total
@@ -255,9 +284,9 @@ def _round_weight(reader: Reader, scale: Float32, fmt: Format) -> Rounded:
     return Rounded(
         centred=centred,
         grid=Grid(scales, zero_points, fmt.bits),
-        loss=statistics.loss(error),
-        plain_loss=statistics.loss(plain_error),
-        energy=statistics.loss(weight),
+        loss=statistics.loss(reader.emphasized(error)),
+        plain_loss=statistics.loss(reader.emphasized(plain_error)),
+        energy=statistics.loss(weight if reader.emphasis is None else weight * reader.emphasis),
     )
 
 

@@ -220,7 +220,7 @@ class OutputFiles:
         """Write an array to the data file now; the tensor to put into the graph."""
         with self._failures():
             offset = self._align(values.nbytes)
-            self._data.write(np.ascontiguousarray(values).data)
+            self._data.write(np.ascontiguousarray(values).view(np.uint8).data)
         like = ir.Tensor(values, name=name)
         return _reference(name, self._data_name, offset, like, self._work)
 

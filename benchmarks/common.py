@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pydoc_data.topics
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 

@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,14 +208,27 @@ ARCHITECTURES = {
     ),
 }
 
+# Given no position_ids, transformers makes one row of angles for the whole batch. From opset 23 on that row goes into
+# RotaryEmbedding, for which onnxruntime wants a row for each: so these are exported with position_ids there.
+_ROTARY = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "falcon_grouped"}
+_ROTARY |= {"mixtral", "qwen3_moe"}
+
 # What cannot be exported with torch 2.13, transformers 4.57 and optimum-onnx 0.1.0, and why: found by trying.
-FAILS: dict[tuple[str, str], str] = {}
+FAILS: dict[tuple[str, str], str] = {
+    ("mixtral", "optimum"): "optimum-onnx has no configuration for mixtral",
+    (
+        "falcon_grouped",
+        "optimum",
+    ): "optimum expects a cache of the key/value heads, transformers keeps one of all heads",
+    ("falcon", "dynamo23"): "torch's Attention of opset 23 wants as many key heads as query heads, or grouped ones",
+}
 
 # The axes of the inputs whose size is free, and the sizes that an example is made with.
 _AXES: dict[str, tuple[str | int, ...]] = {
     "input_ids": ("batch", "sequence"),
     "attention_mask": ("batch", "sequence"),
     "token_type_ids": ("batch", "sequence"),
+    "position_ids": ("batch", "sequence"),
     "decoder_input_ids": ("batch", "decoder_sequence"),
     "input_features": ("batch", MELS, FRAMES),
     "pixel_values": ("batch", 3, IMAGE, IMAGE),
@@ -263,6 +276,8 @@ def _build_into(folder: Path, name: str, exporter: str) -> None:
     if exporter == "optimum":
         _export_with_optimum(folder, architecture)
     else:
+        if exporter == "dynamo23" and name in _ROTARY:
+            architecture = replace(architecture, inputs=(*architecture.inputs, "position_ids"))
         _export_with_torch(folder, architecture, *EXPORTERS[exporter])
     for path in folder.glob("*.onnx"):
         _session(path)
@@ -317,14 +332,15 @@ def example(architecture: Architecture, sizes: dict[str, int]) -> dict[str, Any]
     inputs = {}
     for name in architecture.inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in _AXES[name]]
-        if name.endswith("_ids"):
-            top = 2 if name == "token_type_ids" else VOCAB
-            inputs[name] = torch.randint(0 if top == 2 else 3, top, shape, generator=generator)
+        if name == "attention_mask":
+            inputs[name] = torch.ones(shape, dtype=torch.int64)
+            inputs[name][-1, -2:-1] = 0  # a masked token, where there are two or more
+        elif name == "position_ids":
+            inputs[name] = torch.arange(shape[1]).expand(shape).clone()
+        elif name.endswith("_ids"):
+            inputs[name] = torch.randint(2 if name == "token_type_ids" else VOCAB, shape, generator=generator)
         else:
             inputs[name] = torch.randn(shape, generator=generator)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["attention_mask"][-1, -2:-1] = 0  # a masked token, where there are two or more
     return inputs
 
 

@@ -138,7 +138,10 @@ def _input(value: ir.Value) -> Input:
     dims = None
     if value.shape is not None:
         dims = tuple(dim if isinstance(dim, int) else str(dim.value or UNNAMED) for dim in value.shape)
-    return Input(value.name or "", (value.dtype or ir.DataType.FLOAT).numpy(), dims)
+    dtype = value.dtype or ir.DataType.FLOAT
+    if dtype == ir.DataType.BFLOAT16:  # such a model is run as its float32 twin
+        dtype = ir.DataType.FLOAT
+    return Input(value.name or "", dtype.numpy(), dims)
 
 
 def _vocabulary(graph: ir.Graph) -> int | None:

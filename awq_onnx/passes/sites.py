@@ -11,12 +11,13 @@ import onnx_ir as ir
 from awq_onnx.passes.bodies import all_nodes, branch_outputs
 from awq_onnx.passes.constants import STANDARD_DOMAINS, Opsets, computed, constant, is_computed
 from awq_onnx.passes.facts import Facts, facts_of
+from awq_onnx.passes.normalized import head_size
 
 LAYER_OPS = ("MatMul", "Gemm", "FusedMatMul")  # what MatMulNBits may stand in the place of
 QUANTIZED_OPS = frozenset({"MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"})
 FEW_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2})
-QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
-READABLE_DTYPES = QUANTIZABLE_DTYPES | {ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+READABLE_DTYPES = QUANTIZABLE_DTYPES | {ir.DataType.DOUBLE}
 # What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature.
 AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"})
 # What may stand between a router of experts and the TopK that chooses them.
@@ -49,6 +50,7 @@ class Site:
     name: of the node, kept here since a rewrite takes the names of its values away. weight: the value W comes from,
     of which `tensor` is the content, `transposed` where that is (N, K). dtype: of x, so of the scales too.
     bias: what the node itself adds (a Gemm's C), N numbers or one. is_head: whether it makes the logits.
+    head_size: how many neighbouring columns are normalised together right after, None where none are.
     """
 
     node: ir.Node
@@ -63,6 +65,7 @@ class Site:
     bias: ir.TensorProtocol | None = None
     beta: float = 1.0
     is_head: bool = False
+    head_size: int | None = None
 
     @property
     def input(self) -> ir.Value:
@@ -125,7 +128,11 @@ def survey(model: ir.Model, choice: Choice | None = None) -> Survey:
         if isinstance(found, Refusal):
             kept.append(found)
             continue
-        found = replace(found, is_head=_is_head(found, vocabulary, outer))
+        found = replace(
+            found,
+            is_head=_is_head(found, vocabulary, outer),
+            head_size=head_size(found.output, found.N, facts),
+        )
         reason = _why_left(found, choice) or choice.refuses(found.name)
         if reason is None:
             sites.append(found)
@@ -227,7 +234,7 @@ def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> st
     if len(tensor.shape) != 2:
         return f"its weight has {len(tensor.shape)} dimensions, only 2 are supported"
     if dtype not in QUANTIZABLE_DTYPES or tensor.dtype not in READABLE_DTYPES:
-        return f"its weight is {tensor.dtype.name}, only FLOAT and FLOAT16 have a kernel"
+        return f"its weight is {tensor.dtype.name}, only FLOAT, FLOAT16 and BFLOAT16 have a kernel"
     if 0 in tensor.shape.numpy():
         return "its weight is empty"
     rows = node.inputs[0].shape if node.inputs[0] is not None else None

@@ -161,7 +161,7 @@ def _may_move(node: ir.Node, output: ir.Value, facts: Facts) -> bool:
     if node.op_type in RESHAPES:
         return False
     rank = len(facts.shape(node.inputs[0]) or ())
-    if node.op_type == "Gather":
+    if node.op_type in ("Gather", "Split"):
         return node.attributes.get_int("axis", 0) % rank == rank - 1
     if node.op_type == "Transpose":
         return list(node.attributes.get_ints("perm", [0]))[-1] != rank - 1
