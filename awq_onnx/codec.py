@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+
+FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
 
 
 def max_code(bits: int) -> int:
@@ -106,8 +107,7 @@ def minmax_grid(blocks: Float32, fmt: Format) -> Grid:
 
 def centred_codes(blocks: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
     """The nearest code of every weight, less its zero point: float32 integers (G, b, N)."""
-    steps: FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
-Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
+    steps: Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
     np.rint(steps, out=steps)
     np.maximum(steps, -grid.zero_points[:, None, :], out=steps)
     np.minimum(steps, (max_code(grid.bits) - grid.zero_points)[:, None, :], out=steps)
@@ -116,8 +116,7 @@ Float32 = np.multiply(blocks, (1 / grid.scales)[:, None, :], out=out)
 
 def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Float32:
     """(code - zero_point) * scale for codes from `centred_codes`: float32 (G, b, N)."""
-    weights: FINFO: Any = ml_dtypes.finfo  # numpy's does not know bfloat16
-Float32 = np.multiply(centred, grid.scales[:, None, :], out=out)
+    weights: Float32 = np.multiply(centred, grid.scales[:, None, :], out=out)
     return weights
 
 

@@ -112,15 +112,16 @@ def measure(model: str, path: Path) -> Row:
         muls = count_muls(output) - count_muls(path)
     kept = {one.what: one.reason for one in report.kept}
     folds = Counter(one.fold for one in report.matmuls)
-    names = {one.name for one in report.matmuls}
-    wanted = sum(size for name, size in sizes.items() if not kept.get(name, "").startswith(ON_PURPOSE))
+    known = Counter([*(one.name for one in report.matmuls), *(one.what for one in report.kept)])
+    counted = Counter(name for name, _ in sizes)
+    wanted = sum(size for name, size in sizes if not kept.get(name, "").startswith(ON_PURPOSE))
     return Row(
         model=model,
-        layers=len(sizes.keys() | names | kept.keys()),
+        layers=(counted | known).total(),
         quantised=len(report.matmuls),
-        share=sum(sizes.get(name, 0) for name in names) / (wanted or 1),
-        kept=Counter(kept.values()),
-        unseen=tuple(sizes.keys() - names - kept.keys()),
+        share=sum(size for name, size in sizes if name in known.keys() - kept.keys()) / (wanted or 1),
+        kept=Counter(one.reason for one in report.kept),
+        unseen=tuple(counted - known),
         gains=folds["norm gain"],
         before=folds["MatMul"],
         unfolded=Counter(one.reason for one in report.matmuls if one.reason),
@@ -129,8 +130,8 @@ def measure(model: str, path: Path) -> Row:
     )
 
 
-def fold_and_compare(path: Path, work: Path) -> tuple[float, dict[str, int]]:
-    """The largest difference of an output when random scales are folded; the constant linear layers and their sizes."""
+def fold_and_compare(path: Path, work: Path) -> tuple[float, list[tuple[str, int]]]:
+    """The largest difference of an output when random scales are folded; `constant_layers`."""
     with open_model(path) as opened:
         wanted, original = signature(opened.model.graph), opened.serialize()
         plan = make_plan(opened.model, RECIPE)
@@ -188,13 +189,13 @@ def relative_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(np.abs(one[finite] - other[finite]).max(initial=0) / (largest or 1))
 
 
-def constant_layers(model: ir.Model) -> dict[str, int]:
-    """Nodes that multiply something by a constant with two axes, and how many numbers it has; by name.
+def constant_layers(model: ir.Model) -> list[tuple[str, int]]:
+    """Names of nodes that multiply something by a constant with two axes, each with how many numbers that has.
 
-    Found without the survey of awq-onnx, to see what that overlooks.
+    Branches may have nodes with one name. Found without the survey of awq-onnx, to see what that overlooks.
     """
     sizes: dict[ir.Value, int] = {}
-    found = {}
+    found = []
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         inputs = [_constant_size(value, sizes) for value in node.inputs if value is not None]
         if node.op_type == "Constant" or (inputs and None not in inputs and not node.op_type.startswith("Random")):
@@ -203,7 +204,7 @@ def constant_layers(model: ir.Model) -> dict[str, int]:
         elif _multiplies(node):
             weights = [size for value in node.inputs if (size := _weight_size(value, sizes)) is not None]
             if weights:
-                found[node_name(node)] = max(weights)
+                found.append((node_name(node), max(weights)))
     return found
 
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import inspect
+import logging
 import math
 import os
 import shutil
@@ -220,7 +222,7 @@ FAILS: dict[tuple[str, str], str] = {
         "falcon_grouped",
         "optimum",
     ): "optimum expects a cache of the key/value heads, transformers keeps one of all heads",
-    ("falcon", "dynamo23"): "torch's Attention of opset 23 wants as many key heads as query heads, or grouped ones",
+    ("falcon", "dynamo23"): "torch's Attention of opset 23 takes no single key/value head for many query heads",
 }
 
 # The axes of the inputs whose size is free, and the sizes that an example is made with.
@@ -257,6 +259,8 @@ def build(name: str, exporter: str = "optimum", folder: Path | None = None) -> l
     """Export the model `name` into `folder` unless it is there already; returns its .onnx files."""
     if (name, exporter) in FAILS:
         raise NotImplementedError(f"{name} cannot be exported with {exporter}: {FAILS[name, exporter]}")
+    if EXPORTERS[exporter][1] and importlib.util.find_spec("onnxscript") is None:
+        raise NotImplementedError(f"{exporter} needs onnxscript: pip install onnxscript")
     folder = folder or cached_folder(name, exporter)
     if not any(folder.glob("*.onnx")):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -414,8 +418,9 @@ def _all_experts(block: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.
     weights, chosen = torch.topk(logits.softmax(-1), block.top_k)
     if getattr(block, "norm_topk_prob", True):
         weights = weights / weights.sum(-1, keepdim=True)
-    shares = torch.zeros_like(logits).scatter(1, chosen, weights).split(1, dim=1)
-    mixed = torch.stack([share * expert(tokens) for share, expert in zip(shares, block.experts, strict=True)]).sum(0)
+    shares: Any = torch.zeros_like(logits).scatter(1, chosen, weights)
+    pairs = zip(shares.split(1, dim=1), block.experts, strict=True)
+    mixed = torch.stack([share * expert(tokens) for share, expert in pairs]).sum(0)
     return mixed.reshape(hidden.shape), logits
 
 
@@ -459,16 +464,16 @@ def _session(path: Path) -> Any:
 def _quiet() -> Iterator[None]:
     """One thread, and what exporters print and warn of kept from standard output."""
     import torch
-    import transformers
 
     threads = torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(logging.NOTSET)
         torch.set_num_threads(threads)
 
 
