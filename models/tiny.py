@@ -478,10 +478,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _table() -> Iterator[str]:
-    yield f"{'':12}" + "".join(f"{exporter:13}" for exporter in EXPORTERS)
+    yield f"{'':15}" + "".join(f"{exporter:13}" for exporter in EXPORTERS)
     for name, architecture in ARCHITECTURES.items():
         cells = ("-" if (name, exporter) in FAILS else "yes" for exporter in EXPORTERS)
-        yield f"{name:12}" + "".join(f"{cell:13}" for cell in cells) + architecture.note
+        yield f"{name:15}" + "".join(f"{cell:13}" for cell in cells) + architecture.note
     for (name, exporter), reason in FAILS.items():
         yield f"{name}-{exporter}: {reason}"
 

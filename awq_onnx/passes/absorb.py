@@ -19,7 +19,17 @@ from awq_onnx.passes.bodies import branch_outputs
 from awq_onnx.passes.constants import STANDARD_DOMAINS, computed
 from awq_onnx.passes.facts import Facts
 from awq_onnx.passes.sites import Refusal, Site, Survey, node_name
-from awq_onnx.passes.steps import SELECTS, Step, attention_op, given, is_cache_pair, is_past, is_vector, steps_back
+from awq_onnx.passes.steps import (
+    MOVES,
+    SELECTS,
+    Step,
+    attention_op,
+    given,
+    is_cache_pair,
+    is_past,
+    is_vector,
+    steps_back,
+)
 
 # Norms that hold their gain, and their beta if they have one, as inputs: which. Only output 0 depends on them. (The
 # inputs after them in the Skip forms are a bias that is added before the norm, and never divided.)
@@ -191,7 +201,7 @@ class _Walker:
         elif node in self.sites:
             yield _arrival(way, Linear(self.sites[node], way.output or value, way.vectors))
         elif node in self.floats:
-            if self.is_alone(self.floats[node]):
+            if _is_alone(self.floats[node]):
                 yield _arrival(way, Linear(self.floats[node], way.output or value, way.vectors))
             else:
                 yield Refusal(node_name(node), f"the {node.op_type} before it has a weight that others read")
@@ -235,10 +245,6 @@ class _Walker:
                 found[one] = None
                 one = self.branch_outputs.get(one)
         return list(found)
-
-    def is_alone(self, layer: Site) -> bool:
-        """Whether a layer kept in float has a weight that nothing else reads, so that it may be changed."""
-        return all(len(value.uses()) == 1 for value in (layer.weight, layer.node.inputs[1]) if value is not None)
 
     def is_cache(self, output: str) -> bool:
         return self.own_caches and any(is_cache_pair(past, output) for past in self.graph.inputs)
@@ -322,24 +328,23 @@ class _Readers:
             if node.op_type == "Shape" or (index == 0 and node in self._nodes):
                 continue
             if (node, index) in self._uses:
-                self._select(node)
-            elif index == 0 and node.op_type in SELECTS and node.domain in STANDARD_DOMAINS:
-                self.untouched.extend(node.outputs)
-            elif (
-                index == 0
-                and not self._moved
-                and (kept := self._walker.floats.get(node))
-                and self._walker.is_alone(kept)
-            ):
+                if node.op_type == "Split":  # what it hands to others
+                    self.untouched.extend(node.outputs)
+            elif index == 0 and not self._moved and (kept := self._walker.floats.get(node)) and _is_alone(kept):
                 self.compensated.append(kept)
-            else:
+            elif not self._selects(node, index):
                 return Refusal(node_name(node), f"{node.op_type} reads {what}")
         return None
 
-    def _select(self, node: ir.Node) -> None:
-        """What a Split on the way hands to others."""
-        if node.op_type == "Split":
+    def _selects(self, node: ir.Node, index: int) -> bool:
+        """Whether a reader beside the way only takes a part of what it is given, perhaps after moving it."""
+        if index != 0 or node.op_type not in MOVES or node.domain not in STANDARD_DOMAINS:
+            return False
+        if node.op_type in SELECTS:
             self.untouched.extend(node.outputs)
+            return True
+        readers = node.outputs[0].uses()
+        return bool(readers) and all(self._selects(use.node, use.idx) for use in readers)
 
 
 def _merge_tied(groups: Sequence[Group], sites: Sequence[Site], walker: _Walker) -> tuple[Group, ...]:
@@ -388,6 +393,11 @@ def _whole_branches(group: Group, walker: _Walker) -> Group:
         if outer in divided and inner not in divided:
             return Group(group.sites, Refusal(inner.name or "", "the other branch of an If returns it undivided"))
     return group
+
+
+def _is_alone(layer: Site) -> bool:
+    """Whether a layer kept in float has a weight that nothing else reads, so that it may be changed."""
+    return all(len(value.uses()) == 1 for value in (layer.weight, layer.node.inputs[1]) if value is not None)
 
 
 def _arrival(way: _Way, absorber: Absorber) -> _Arrival | Refusal:

@@ -37,7 +37,7 @@ MOVES = frozenset(
 # Moves that keep the order of all numbers: where the last axis keeps its size, every channel keeps its place.
 RESHAPES = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 # Moves that hand on a part of what they read; what the other parts hold may be read by anybody.
-SELECTS = frozenset({"Slice", "Split", "Gather"})
+SELECTS = frozenset({"Slice", "Split", "Gather", "GatherND"})
 # Steps that change no channel but for a factor that does not depend on it.
 CARRIES = frozenset({"Identity", "Cast", "Dropout", "Relu", "LeakyRelu", "Neg"})
 
