@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py [NAME ...] [--output docs/coverage.md]
 
-NAME: rows to do, an architecture (llama) or a pattern of whole names (llama-*, *-dynamo, smollm2-*); all without. A row
+NAME: rows to do, an architecture (llama) or a pattern of whole names (llama-*, *-dynamo, trained-*); all without. A row
 tells, for one .onnx file: how many linear layers with a constant weight there are, counted here and not by awq-onnx;
 how many it quantises, and what it folds their scales into; what folding changes when nothing is rounded, with random
 scales; and whether onnxruntime runs the 4-bit model. Each row is done in a process of its own; models that are missing
@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-from common import ROOT, script
+from common import RECIPES, ROOT, script
 from numpy.typing import NDArray
 
 import awq_onnx
@@ -48,17 +48,7 @@ SHARE = 0.95  # of the linear weights are to be quantised
 ON_PURPOSE = ("it is the lm_head", "it chooses experts")  # how the reasons begin of what stays unless it is asked for
 LINEAR_OPS = frozenset({"MatMul", "Gemm", "FusedMatMul", "Einsum", "Attention", "MoE", "FusedGemm"})
 SECONDS = 900  # a row may take
-REAL = {
-    "smollm2-optimum": ("smollm2.py",),
-    "smollm2-dynamo": ("smollm2.py", "--export", "dynamo"),
-    "smollm2-genai": ("smollm2.py", "--export", "genai"),
-    "smollm2-optimum-fp16": ("smollm2.py", "--dtype", "fp16"),
-    "smollm2-dynamo-fp16": ("smollm2.py", "--export", "dynamo", "--dtype", "fp16"),
-    "smollm2-genai-fp16": ("smollm2.py", "--export", "genai", "--dtype", "fp16"),
-    "gpt2-trained-optimum": ("gpt2.py",),
-    "bert-trained-optimum": ("bert.py",),
-    "paraphrase-torchscript": ("paraphrase.py",),
-}
+TRAINED = {f"trained-{name}": recipe for name, recipe in RECIPES.items()}
 HEAD = (
     "| model | linear layers | quantised | of weights | kept | folded into norms | into layers | not folded "
     "| Muls added | folding differs by | 4 bits run |\n|---|"
@@ -271,7 +261,7 @@ def wanted_names(patterns: Sequence[str]) -> list[str]:
     names = [f"{name}-{exporter}" for name in tiny.architectures() for exporter in tiny.EXPORTERS]
     chosen = [
         name
-        for name in (*names, *REAL)
+        for name in (*names, *TRAINED)
         if not patterns or any(fnmatchcase(name, one) or name.rpartition("-")[0] == one for one in patterns)
     ]
     return chosen or sys.exit(f"coverage.py: no model has a name like {' '.join(patterns)}; they are like {names[0]}")
@@ -280,11 +270,11 @@ def wanted_names(patterns: Sequence[str]) -> list[str]:
 def rows_of(name: str) -> Iterator[Row]:
     """A row for each .onnx file of a model."""
     architecture, _, exporter = name.rpartition("-")
-    reason = None if name in REAL else script("models/tiny.py").FAILS.get((architecture, exporter))
+    reason = None if name in TRAINED else script("models/tiny.py").FAILS.get((architecture, exporter))
     if reason is not None:
         yield Row(name, not_exported=reason)
         return
-    recipe = REAL.get(name) or ("tiny.py", architecture, "--exporter", exporter)
+    recipe = TRAINED.get(name) or ("tiny.py", architecture, "--exporter", exporter)
     built = _run([str(ROOT / "models" / recipe[0]), *recipe[1:], "--print-path"])
     if built.returncode:
         yield Row(name, error=f"not built: {_last_line(built)}")

@@ -36,8 +36,8 @@ def main() -> None:
         # Speed needs no quality: little is calibrated.
         level = arguments.accuracy_level
         recipe = awq_onnx.Recipe(block_size=BLOCK_SIZE, samples=4, sequence_length=32, accuracy_level=level)
-        awq_onnx.quantize(model, ours, recipe)
-        ort_rtn(model, theirs, BLOCK_SIZE, level)
+        report = awq_onnx.quantize(model, ours, recipe)
+        ort_rtn(model, theirs, BLOCK_SIZE, level, [one.what for one in report.kept])
         sessions = {
             name: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             for name, path in (("fp32", model), ("ORT RTN", theirs), ("awq-onnx", ours))

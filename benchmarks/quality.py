@@ -1,67 +1,145 @@
-"""Quality at equal size: awq-onnx against onnxruntime's round-to-nearest (RTN), on SmolLM2, in one run.
+"""Quality at equal size: awq-onnx against onnxruntime's round-to-nearest (RTN), on trained models, in one run.
 
-    python benchmarks/quality.py [--windows 24] [--block-sizes 32 128]
+    python benchmarks/quality.py [--model smollm2 gpt2 bert ...] [--windows 24] [--block-sizes 32 128]
 
-KL(fp32 || int4) in nats, mean over the tokens of English text that calibrated nothing (CPython's documentation);
-+- is the standard error over windows, of the ratio too (windows resampled in pairs). awq-onnx is run as a user
-without data runs it. Accuracy level 0 compares the methods, 4 is what the CPU kernel makes of them at speed.
-Takes about a quarter of an hour on two cores.
+The loss of a language model is KL(original || int4) in nats, mean over tokens; of an encoder 1 - cosine, mean over what
+its outputs hold for every token (and for a whole text, where it has such an output). Both tools quantise exactly the
+same layers; RTN gets each Gemm as MatMul and Add, since it knows no Gemm. Measured is on text that calibrated nothing:
+CPython's documentation, and for the GPT-2 of microbes samples drawn from the model.
+
+awq-onnx is run as a user without data runs it. Encoders, which write no text of their own, are also done with
+--allow-mul, and with --calibration text (numpy's documentation). +- is the standard error over windows, of the ratio
+too (windows resampled in pairs). Accuracy level 0 compares the methods, 4 is what the CPU kernel makes of them at speed.
+SmolLM2 takes about a quarter of an hour on two cores, the small models a few minutes each.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import held_out_text, ort_rtn, size_bytes, smollm2, with_accuracy_level
+from common import (
+    RECIPES,
+    count_quantized,
+    held_out_text,
+    ort_rtn,
+    other_text,
+    size_bytes,
+    trained_model,
+    with_accuracy_level,
+)
+from numpy.typing import NDArray
 
 import awq_onnx
-from awq_onnx import Comparison
+from awq_onnx import Comparison, Report
 
 LENGTH = 256
+ENCODERS = ("bert", "paraphrase")
 
 
-def ratio_with_error(ours: Comparison, theirs: Comparison) -> tuple[float, float]:
-    """Ratio of the mean KLs and its standard error, by the bootstrap over windows."""
-    a, b = np.array(ours.kl_windows), np.array(theirs.kl_windows)
+@dataclass(frozen=True)
+class Measured:
+    """losses: of each window, KL or 1 - cosine."""
+
+    losses: NDArray[np.float64]
+    comparison: Comparison
+    size: int
+
+
+def held_out(name: str, model: Path, windows: int) -> NDArray[np.int64]:
+    """Token ids (windows, length); of the GPT-2's samples every other one, so twice to three times as many."""
+    if name != "gpt2":
+        return held_out_text(model, windows, LENGTH)
+    samples: NDArray[np.int64] = np.load(model.with_name("samples.npz"))["input_ids"]
+    return samples[::2]
+
+
+def variants(name: str) -> dict[str, dict[str, Any]]:
+    """What awq-onnx is run with, besides the block size: settings, or `calibration`."""
+    if name not in ENCODERS:
+        return {"awq-onnx": {}}
+    return {
+        "awq-onnx": {},
+        "awq-onnx --allow-mul": {"allow_mul": True},
+        "awq-onnx, text": {"calibration": [other_text()]},
+    }
+
+
+def quantize(model: Path, output: Path, block_size: int, settings: dict[str, Any]) -> Report:
+    fields = {name: value for name, value in settings.items() if name != "calibration"}
+    recipe = awq_onnx.Recipe(block_size=block_size, **fields)
+    return awq_onnx.quantize(model, output, recipe, calibration=settings.get("calibration"), overwrite=True)
+
+
+def measure(model: Path, quantized: Path, ids: NDArray[np.int64]) -> Measured:
+    whole = awq_onnx.compare(model, quantized, ids)
+    losses = whole.kl_windows or [awq_onnx.compare(model, quantized, one[None]).cosine_distance for one in ids]
+    return Measured(np.array(losses, np.float64), whole, size_bytes(quantized))
+
+
+def ratio_with_error(ours: Measured, theirs: Measured) -> tuple[float, float]:
+    """Ratio of the mean losses and its standard error, by the bootstrap over windows."""
+    a, b = ours.losses, theirs.losses
     picks = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
     return float(a.mean() / b.mean()), float((a[picks].mean(axis=1) / b[picks].mean(axis=1)).std())
 
 
-def row(name: str, one: Comparison, size: int, ratio: str) -> str:
+def row(name: str, one: Measured, ratio: str) -> str:
+    digits = 4 if one.comparison.kl_mean is not None else 6
+    mean, error, median = (
+        f"{value:.{digits}f}"
+        for value in (one.losses.mean(), one.losses.std(ddof=1) / len(one.losses) ** 0.5, np.median(one.losses))
+    )
+    perplexity, top1 = one.comparison.perplexity_quantized, one.comparison.top1
     return (
-        f"| {name} | {one.kl_mean:.4f} +-{one.kl_se or 0:.4f} | {one.kl_median:.4f} | {ratio} "
-        f"| {one.perplexity_quantized:.2f} | {one.top1:.1%} | {size / 1e6:.0f} MB |"
+        f"| {name} | {mean} +-{error} | {median} | {ratio} | {'-' if perplexity is None else f'{perplexity:.2f}'} "
+        f"| {'-' if top1 is None else f'{top1:.1%}'} | {one.size / 1e6:.0f} MB |"
     )
 
 
+def rows(name: str, windows: int, block_sizes: list[int]) -> Iterator[str]:
+    """Of one model: RTN and each variant of awq-onnx, at every block size and accuracy level."""
+    model = trained_model(name)
+    ids = held_out(name, model, windows)
+    perplexity = None
+    for block_size in block_sizes:
+        theirs: dict[int, Measured] = {}
+        for variant, settings in variants(name).items():
+            with tempfile.TemporaryDirectory() as folder:
+                output, rtn = Path(folder) / "ours.onnx", Path(folder) / "rtn.onnx"
+                report = quantize(model, output, block_size, settings)
+                for level in (0, 4):
+                    of = f"{name}: {{}}, block {block_size}, level {level}"
+                    if level not in theirs:
+                        ort_rtn(model, rtn, block_size, level, [one.what for one in report.kept])
+                        assert count_quantized(rtn) == len(report.matmuls), "the two tools chose different layers"
+                        theirs[level] = measure(model, rtn, ids)
+                        yield row(of.format("ORT RTN"), theirs[level], "-")
+                    with_accuracy_level(output, output, level)
+                    ours = measure(model, output, ids)
+                    ratio, error = ratio_with_error(ours, theirs[level])
+                    yield row(of.format(variant), ours, f"{ratio:.3f} +-{error:.3f}")
+                    perplexity = ours.comparison.perplexity_original
+    if perplexity is not None:
+        yield f"| {name}: the original | 0 | 0 | - | {perplexity:.2f} | 100% | {size_bytes(model) / 1e6:.0f} MB |"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="KL, perplexity and top-1 of awq-onnx and onnxruntime's RTN.")
+    parser = argparse.ArgumentParser(description="Losses of awq-onnx and onnxruntime's RTN.")
+    parser.add_argument("--model", nargs="+", default=["smollm2"], choices=[*RECIPES, "all"], help="which (smollm2)")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[32, 128])
     arguments = parser.parse_args()
-    model = smollm2()
-    ids = held_out_text(model, arguments.windows, LENGTH)
     print(f"{arguments.windows} windows x {LENGTH} tokens, awq-onnx {awq_onnx.__version__}\n")
-    print("| model | KL, mean +-SE | median | / RTN | perplexity | top-1 | size |\n|---|---|---|---|---|---|---|")
-    perplexity = None
-    with tempfile.TemporaryDirectory() as folder:
-        for block_size in arguments.block_sizes:
-            ours = Path(folder) / "ours.onnx"
-            awq_onnx.quantize(model, ours, awq_onnx.Recipe(block_size=block_size), overwrite=True)
-            for level in (0, 4):
-                theirs = ort_rtn(model, Path(folder) / "rtn.onnx", block_size, level)
-                rtn = awq_onnx.compare(model, theirs, ids)
-                with_accuracy_level(ours, ours, level)
-                awq = awq_onnx.compare(model, ours, ids)
-                settings = f"block {block_size}, level {level}"
-                print(row(f"ORT RTN, {settings}", rtn, size_bytes(theirs), "-"))
-                ratio, error = ratio_with_error(awq, rtn)
-                print(row(f"awq-onnx, {settings}", awq, size_bytes(ours), f"{ratio:.3f} +-{error:.3f}"), flush=True)
-                perplexity = awq.perplexity_original
-    print(f"\nperplexity of the fp32 model: {perplexity:.2f}")
+    print("| model | loss, mean +-SE | median | / RTN | perplexity | top-1 | size |\n|---|---|---|---|---|---|---|")
+    for name in RECIPES if "all" in arguments.model else arguments.model:
+        for line in rows(name, arguments.windows, arguments.block_sizes):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def cached_folder(name: str) -> Path:
 
 
 def build_once(folder: Path, build_into: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `build_into` unless its model.onnx is there already; never left half done."""
-    if (folder / "model.onnx").exists():
+    """`folder`, filled by `build_into` unless there is a model in it already; never left half done."""
+    if any(folder.glob("*.onnx")):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))

@@ -22,14 +22,27 @@ import importlib.util
 import inspect
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.append(str(Path(__file__).resolve().parent))  # not there where a script is loaded by its path
+from architectures import (
+    ARCHITECTURES,
+    EXPORTERS,
+    FAILS,
+    FRAMES,
+    HEADS,
+    HIDDEN,
+    IMAGE,
+    MELS,
+    ROTARY,
+    VOCAB,
+    Architecture,
+)
+from model_building import build_once, cached_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,193 +50,9 @@ if TYPE_CHECKING:
     import torch
 
 SEED = 20231
-HIDDEN, HEADS, KV_HEADS, FFN, VOCAB, LAYERS, POSITIONS = 128, 4, 2, 256, 512, 2, 128
-IMAGE, PATCH, MELS, FRAMES = 32, 8, 16, 64
 OUTLIERS = (5, 38, 101)  # the channels of the hidden axis whose gain is large in every norm
 OUTLIER_GAIN = 20.0
 TOLERANCE = 1e-3  # of the exported model against torch, relative to the largest output
-
-# What the exporters are called with: the opset, and whether through torch.export (None: optimum decides).
-EXPORTERS: dict[str, tuple[int | None, bool]] = {
-    "optimum": (None, False),
-    "torchscript": (17, False),
-    "dynamo": (18, True),
-    "dynamo23": (23, True),
-}
-
-_SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-_TEXT = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_DECODER = {**_SIZES, **_TEXT, "max_position_embeddings": POSITIONS, "intermediate_size": FFN}
-_GROUPED = {**_DECODER, "num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS}
-_GEMMA = {**_GROUPED, "query_pre_attn_scalar": HIDDEN // HEADS, "sliding_window": 64}
-_SEQ2SEQ = {
-    **_TEXT,
-    "d_model": HIDDEN,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": FFN,
-    "decoder_ffn_dim": FFN,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-}
-_VISION = {**_SIZES, "intermediate_size": FFN, "image_size": IMAGE, "patch_size": PATCH}
-
-_GENERATION = "text-generation-with-past"
-_TOKENS = ("input_ids", "attention_mask")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model class of transformers, its tiny config, optimum's task, and the inputs and outputs of a plain export."""
-
-    note: str
-    model: str
-    config: str
-    options: dict[str, Any]
-    task: str = _GENERATION
-    inputs: tuple[str, ...] = _TOKENS
-    outputs: tuple[str, ...] = ("logits",)
-
-
-ARCHITECTURES = {
-    "llama": Architecture("grouped-query attention", "LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "mistral": Architecture("as llama, another class", "MistralForCausalLM", "MistralConfig", _GROUPED),
-    "qwen2": Architecture("biases on q, k and v", "Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
-    "qwen3": Architecture("norms on q and k", "Qwen3ForCausalLM", "Qwen3Config", _GROUPED),
-    "gemma2": Architecture(
-        "(1 + w) norms, before and after; capped logits", "Gemma2ForCausalLM", "Gemma2Config", _GEMMA
-    ),
-    "gemma3": Architecture(
-        "as gemma2, norms on q and k, no caps",
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        {**_GEMMA, "rope_local_base_freq": 1e4},
-    ),
-    "phi3": Architecture(
-        "packed qkv and gate_up", "Phi3ForCausalLM", "Phi3Config", {**_DECODER, "num_key_value_heads": KV_HEADS}
-    ),
-    "gpt2": Architecture(
-        "Conv1D, biases, packed qkv",
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {**_TEXT, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS},
-    ),
-    "gpt_neox": Architecture("parallel residual, two norms", "GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER),
-    "falcon": Architecture(
-        "parallel residual, one norm, multi-query packed qkv",
-        "FalconForCausalLM",
-        "FalconConfig",
-        {**_DECODER, "multi_query": True, "bias": True},
-    ),
-    "falcon_grouped": Architecture(
-        "parallel residual, two norms, grouped packed qkv",
-        "FalconForCausalLM",
-        "FalconConfig",
-        {**_DECODER, "new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "ffn_hidden_size": FFN},
-    ),
-    "opt": Architecture(
-        "ReLU, biases, learned positions",
-        "OPTForCausalLM",
-        "OPTConfig",
-        {**_DECODER, "ffn_dim": FFN, "word_embed_proj_dim": HIDDEN},
-    ),
-    "bloom": Architecture(
-        "ALiBi, packed qkv with heads outermost",
-        "BloomForCausalLM",
-        "BloomConfig",
-        {**_TEXT, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS},
-    ),
-    "mixtral": Architecture(
-        "4 experts, 2 a token",
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        {**_GROUPED, "intermediate_size": HIDDEN, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "qwen3_moe": Architecture(
-        "4 experts, 2 a token, norms on q and k",
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        {**_GROUPED, "moe_intermediate_size": HIDDEN, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "t5": Architecture(
-        "encoder-decoder, RMS norms, gated",
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": VOCAB,
-            "d_model": HIDDEN,
-            "d_kv": HIDDEN // HEADS,
-            "d_ff": FFN,
-            "num_layers": LAYERS,
-            "num_heads": HEADS,
-            "feed_forward_proj": "gated-gelu",
-            "decoder_start_token_id": 0,
-        },
-        "text2text-generation-with-past",
-        (*_TOKENS, "decoder_input_ids"),
-    ),
-    "bart": Architecture(
-        "encoder-decoder, post-LN",
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {**_SEQ2SEQ, "max_position_embeddings": POSITIONS},
-        "text2text-generation-with-past",
-        (*_TOKENS, "decoder_input_ids"),
-    ),
-    "whisper": Architecture(
-        "speech to text",
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            **_SEQ2SEQ,
-            "num_mel_bins": MELS,
-            "max_source_positions": FRAMES // 2,
-            "max_target_positions": POSITIONS,
-            "suppress_tokens": None,
-            "begin_suppress_tokens": None,
-        },
-        "automatic-speech-recognition-with-past",
-        ("input_features", "decoder_input_ids"),
-    ),
-    "bert": Architecture(
-        "post-LN encoder",
-        "BertModel",
-        "BertConfig",
-        _DECODER,
-        "feature-extraction",
-        (*_TOKENS, "token_type_ids"),
-        ("last_hidden_state",),
-    ),
-    "vit": Architecture(
-        "images", "ViTForImageClassification", "ViTConfig", _VISION, "image-classification", ("pixel_values",)
-    ),
-    "clip": Architecture(
-        "image and text",
-        "CLIPModel",
-        "CLIPConfig",
-        {"text_config": {**_DECODER}, "vision_config": {**_VISION}, "projection_dim": HIDDEN},
-        "zero-shot-image-classification",
-        ("input_ids", "pixel_values", "attention_mask"),
-        ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
-    ),
-}
-
-# Given no position_ids, transformers makes one row of angles for the whole batch. From opset 23 on that row goes into
-# RotaryEmbedding, for which onnxruntime wants a row for each: so these are exported with position_ids there.
-_ROTARY = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "falcon_grouped"}
-_ROTARY |= {"mixtral", "qwen3_moe"}
-
-# What cannot be exported with torch 2.13, transformers 4.57 and optimum-onnx 0.1.0, and why: found by trying.
-FAILS: dict[tuple[str, str], str] = {
-    ("mixtral", "optimum"): "optimum-onnx has no configuration for mixtral",
-    (
-        "falcon_grouped",
-        "optimum",
-    ): "optimum expects a cache of the key/value heads, transformers keeps one of all heads",
-    ("falcon", "dynamo23"): "torch's Attention of opset 23 takes no single key/value head for many query heads",
-}
 
 # The axes of the inputs whose size is free, and the sizes that an example is made with.
 _AXES: dict[str, tuple[str | int, ...]] = {
@@ -248,41 +77,25 @@ def architectures() -> list[str]:
     return list(ARCHITECTURES)
 
 
-def cached_folder(name: str, exporter: str) -> Path:
-    """Where an export is kept: in $AWQ_ONNX_CACHE, or else ~/.cache/awq-onnx, never in the checkout."""
-    root = os.environ.get("AWQ_ONNX_CACHE")
-    cache = Path(root) if root else Path.home() / ".cache" / "awq-onnx"
-    return cache / "models" / "tiny" / f"{name}-{exporter}"
-
-
 def build(name: str, exporter: str = "optimum", folder: Path | None = None) -> list[Path]:
     """Export the model `name` into `folder` unless it is there already; returns its .onnx files."""
     if (name, exporter) in FAILS:
         raise NotImplementedError(f"{name} cannot be exported with {exporter}: {FAILS[name, exporter]}")
     if EXPORTERS[exporter][1] and importlib.util.find_spec("onnxscript") is None:
         raise NotImplementedError(f"{exporter} needs onnxscript: pip install onnxscript")
-    folder = folder or cached_folder(name, exporter)
-    if not any(folder.glob("*.onnx")):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        try:
-            with _quiet():
-                _build_into(work, name, exporter)
-            work.chmod(0o755)
-            work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return sorted(folder.glob("*.onnx"))
+    folder = folder or cached_folder(f"tiny/{name}-{exporter}")
+    return sorted(build_once(folder, lambda work: _build_into(work, name, exporter)).glob("*.onnx"))
 
 
 def _build_into(folder: Path, name: str, exporter: str) -> None:
     architecture = ARCHITECTURES[name]
-    if exporter == "optimum":
-        _export_with_optimum(folder, architecture)
-    else:
-        if exporter == "dynamo23" and name in _ROTARY:
-            architecture = replace(architecture, inputs=(*architecture.inputs, "position_ids"))
-        _export_with_torch(folder, architecture, *EXPORTERS[exporter])
+    if exporter == "dynamo23" and name in ROTARY:
+        architecture = replace(architecture, inputs=(*architecture.inputs, "position_ids"))
+    with _quiet():
+        if exporter == "optimum":
+            _export_with_optimum(folder, architecture)
+        else:
+            _export_with_torch(folder, architecture, *EXPORTERS[exporter])
     for path in folder.glob("*.onnx"):
         _session(path)
 

@@ -1,100 +1,25 @@
-"""Name what can absorb the scale of an input, or say why there is nothing.
+"""Group the layers that share a scale, and name what absorbs it, or say why nothing can.
 
-Dividing x by s costs nothing at run time where x comes, through steps that carry every channel unchanged but for a
-factor (steps.py), from something that can be divided instead: the gain and beta of a norm, or the weight and bias of
-a linear layer before (v_proj for o_proj, up_proj for down_proj). Every input that comes from the same absorber is
-divided with it, so all layers behind one absorber form a group and share s; anything else that reads what is divided
-is a reason to refuse. No model family is known here.
+Dividing x by s costs nothing at run time where x comes, through steps that carry its channels (walk.py), from something
+that can be divided instead: the gain and beta of a norm, or the weight and bias of a linear layer before (v_proj for
+o_proj, up_proj for down_proj). Every input that comes from the same absorber is divided with it, so all layers behind
+one absorber form a group and share s; anything else that reads what is divided is a reason to refuse. No model family
+is known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import onnx_ir as ir
 
-from awq_onnx.passes.bodies import branch_outputs
-from awq_onnx.passes.constants import STANDARD_DOMAINS, computed
-from awq_onnx.passes.facts import Facts
+from awq_onnx.passes.constants import STANDARD_DOMAINS
 from awq_onnx.passes.sites import Refusal, Site, Survey, node_name
-from awq_onnx.passes.steps import (
-    MOVES,
-    SELECTS,
-    Step,
-    attention_op,
-    given,
-    is_cache_pair,
-    is_past,
-    is_vector,
-    steps_back,
-)
+from awq_onnx.passes.steps import MOVES, SELECTS, is_cache_pair
+from awq_onnx.passes.walk import Absorber, Arrival, Gain, Linear, Vector, Walker, is_alone
 
-# Norms that hold their gain, and their beta if they have one, as inputs: which. Only output 0 depends on them. (The
-# inputs after them in the Skip forms are a bias that is added before the norm, and never divided.)
-NORMS: Mapping[str, tuple[int, ...]] = {
-    "LayerNormalization": (1, 2),
-    "RMSNormalization": (1,),
-    "SimplifiedLayerNormalization": (1,),
-    "SkipLayerNormalization": (2, 3),
-    "SkipSimplifiedLayerNormalization": (2,),
-    "EmbedLayerNormalization": (5, 6),
-}
-TOKEN_INPUTS = frozenset({"input_ids", "decoder_input_ids", "inputs_embeds"})
-NORM_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
-
-
-@dataclass(frozen=True, eq=False)
-class Vector:
-    """A constant at node.inputs[index] with a number for each channel of an absorber: its last numbers are those."""
-
-    node: ir.Node
-    index: int
-    tensor: ir.TensorProtocol
-
-
-@dataclass(frozen=True, eq=False)
-class Gain:
-    """x comes from a norm: its gain, and its beta if it has one, are divided by s.
-
-    node: that holds the gain. output: where s appears, behind the beta. vectors: the gain first.
-    """
-
-    node: ir.Node
-    output: ir.Value
-    vectors: tuple[Vector, ...]
-
-    @property
-    def name(self) -> str:
-        return node_name(self.node)
-
-    @property
-    def channels(self) -> int:
-        return self.vectors[0].tensor.size
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """x comes from the output channels of a layer: the columns of its weight, and its biases, are divided by s.
-
-    output: where s appears, behind the biases. vectors: those biases that other nodes add.
-    """
-
-    site: Site
-    output: ir.Value
-    vectors: tuple[Vector, ...]
-
-    @property
-    def name(self) -> str:
-        return self.site.name
-
-    @property
-    def channels(self) -> int:
-        return self.site.N
-
-
-Absorber: TypeAlias = Gain | Linear
+__all__ = ["Absorber", "Gain", "Group", "Linear", "Route", "Vector", "find_groups"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,115 +69,9 @@ class Group:
         return tuple(dict.fromkeys(site.input for site in self.sites))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A walk back from an input.
-
-    values: what it passed, the input first. uses: the steps between them. output: behind the bias that was met first.
-    moved: behind the move that was met first.
-    """
-
-    values: tuple[ir.Value, ...]
-    uses: frozenset[tuple[ir.Node, int]] = frozenset()
-    vectors: tuple[Vector, ...] = ()
-    output: ir.Value | None = None
-    pasts: tuple[ir.Value, ...] = ()
-    moved: ir.Value | None = None
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    """A way that has found an absorber."""
-
-    way: _Way
-    absorber: Absorber
-
-    @property
-    def input(self) -> ir.Value:
-        return self.way.values[0]
-
-
-class _Walker:
-    """Walks back from every input of a survey, once; then tells which inputs lead to one absorber."""
-
-    def __init__(self, survey: Survey) -> None:
-        self.graph = survey.graph
-        self.facts = survey.facts
-        self.sites = {site.node: site for site in survey.sites}
-        self.floats = {site.node: site for site in survey.floats}
-        self.branch_outputs = branch_outputs(survey.graph)
-        self.own_caches = _makes_its_caches(survey.graph)
-        self.ends: dict[ir.Value, list[_Arrival | Refusal]] = {}
-        self.arrivals: dict[ir.Value, dict[ir.Value, _Arrival]] = {}  # absorber's output -> input -> its first way
-        for site in survey.sites:
-            if site.input not in self.ends:
-                self.ends[site.input] = list(self._walk(_Way((site.input,))))
-        for ends in self.ends.values():
-            for end in ends:
-                if isinstance(end, _Arrival):
-                    self.arrivals.setdefault(end.absorber.output, {}).setdefault(end.input, end)
-
-    def _walk(self, way: _Way) -> Iterator[_Arrival | Refusal]:
-        """Every way back to an absorber, the likeliest first; a Refusal for each that ends before."""
-        value = way.values[-1]
-        node = value.producer()
-        if node is None:
-            yield Refusal(value.name or "", "the input is an input of the model")
-        elif node in self.sites:
-            yield _arrival(way, Linear(self.sites[node], way.output or value, way.vectors))
-        elif node in self.floats:
-            if _is_alone(self.floats[node]):
-                yield _arrival(way, Linear(self.floats[node], way.output or value, way.vectors))
-            else:
-                yield Refusal(node_name(node), f"the {node.op_type} before it has a weight that others read")
-        elif gains := _gain_vectors(node, value, self.facts):
-            yield _arrival(way, Gain(node, way.output or value, (*gains, *way.vectors)))
-        else:
-            steps = (self._taken(way, step, node) for step in steps_back(value, self.facts))
-            further = [one for one in steps if one is not None]
-            if not further:
-                yield Refusal(node_name(node), f"{node.op_type} comes before, which cannot be divided")
-            for one in further:
-                yield from self._walk(one)
-
-    def _taken(self, way: _Way, step: Step, node: ir.Node) -> _Way | None:
-        """The way one step on; None where a bias already met would then be in other places than its channels."""
-        source = node.inputs[step.index]
-        if source is None or (way.vectors and step.moves) or (step.past is not None and not self.own_caches):
-            return None
-        vectors, output = way.vectors, way.output
-        if step.bias is not None:
-            tensor = computed(node.inputs[step.bias], self.facts.opsets)
-            if tensor is None:
-                return None
-            vectors = (*vectors, Vector(node, step.bias, tensor))
-            output = output if step.inside else output or way.values[-1]
-        return _Way(
-            values=(*way.values, *([step.present] if step.present is not None else []), source),
-            uses=way.uses | {(node, step.index)},
-            vectors=vectors,
-            output=output,
-            pasts=(*way.pasts, *([step.past] if step.past is not None else [])),
-            moved=way.moved or (way.values[-1] if step.moves else None),
-        )
-
-    def with_outer(self, values: Iterable[ir.Value]) -> list[ir.Value]:
-        """The values without repeats, and what branches return them as."""
-        found: dict[ir.Value, None] = {}
-        for value in values:
-            one: ir.Value | None = value
-            while one is not None:
-                found[one] = None
-                one = self.branch_outputs.get(one)
-        return list(found)
-
-    def is_cache(self, output: str) -> bool:
-        return self.own_caches and any(is_cache_pair(past, output) for past in self.graph.inputs)
-
-
 def find_groups(survey: Survey) -> tuple[Group, ...]:
     """The sites of a survey in groups that share a scale, each with what absorbs it; in graph order."""
-    walker = _Walker(survey)
+    walker = Walker(survey)
     groups: list[Group] = []
     grouped: set[ir.Value] = set()
     for value in walker.ends:
@@ -262,12 +81,12 @@ def find_groups(survey: Survey) -> tuple[Group, ...]:
     return _merge_tied(groups, survey.sites, walker)
 
 
-def _group(value: ir.Value, walker: _Walker, grouped: set[ir.Value]) -> Group:
+def _group(value: ir.Value, walker: Walker, grouped: set[ir.Value]) -> Group:
     """The group of the sites that read `value`: by the first of its ways that may be divided."""
-    refusal: Refusal | _Arrival | None = None
+    refusal: Refusal | Arrival | None = None
     for end in walker.ends[value]:
-        found: _Arrival | Group | Refusal = end
-        if isinstance(end, _Arrival):
+        found: Arrival | Group | Refusal = end
+        if isinstance(end, Arrival):
             others = walker.arrivals[end.absorber.output]
             members = {**{one: way for one, way in others.items() if one not in grouped}, value: end}
             found = _divided(members, walker)
@@ -278,7 +97,7 @@ def _group(value: ir.Value, walker: _Walker, grouped: set[ir.Value]) -> Group:
     return Group(tuple(site for site in walker.sites.values() if site.input is value), refusal)
 
 
-def _divided(members: Mapping[ir.Value, _Arrival], walker: _Walker) -> Group | Refusal:
+def _divided(members: Mapping[ir.Value, Arrival], walker: Walker) -> Group | Refusal:
     """All inputs that one absorber reaches, as a group; a Refusal where something else would see it divided."""
     ways = [one.way for one in members.values()]
     absorber = next(iter(members.values())).absorber
@@ -315,7 +134,7 @@ class _Readers:
     """
 
     def __init__(
-        self, walker: _Walker, sites: Sequence[Site], uses: frozenset[tuple[ir.Node, int]], moved: bool
+        self, walker: Walker, sites: Sequence[Site], uses: frozenset[tuple[ir.Node, int]], moved: bool
     ) -> None:
         self._walker, self._uses, self._moved = walker, uses, moved
         self._nodes = {site.node for site in sites}
@@ -330,7 +149,7 @@ class _Readers:
             if (node, index) in self._uses:
                 if node.op_type == "Split":  # what it hands to others
                     self.untouched.extend(node.outputs)
-            elif index == 0 and not self._moved and (kept := self._walker.floats.get(node)) and _is_alone(kept):
+            elif index == 0 and not self._moved and (kept := self._walker.floats.get(node)) and is_alone(kept):
                 self.compensated.append(kept)
             elif not self._selects(node, index):
                 return Refusal(node_name(node), f"{node.op_type} reads {what}")
@@ -347,7 +166,7 @@ class _Readers:
         return bool(readers) and all(self._selects(use.node, use.idx) for use in readers)
 
 
-def _merge_tied(groups: Sequence[Group], sites: Sequence[Site], walker: _Walker) -> tuple[Group, ...]:
+def _merge_tied(groups: Sequence[Group], sites: Sequence[Site], walker: Walker) -> tuple[Group, ...]:
     """Groups with a weight in common as one, since that weight can only be scaled in one way."""
     order = {site: position for position, site in enumerate(sites)}
     by_weight: dict[tuple[ir.Value, bool], list[Group]] = {}
@@ -384,7 +203,7 @@ def _joined(groups: Sequence[Group], order: Mapping[Site, int]) -> Group:
     )
 
 
-def _whole_branches(group: Group, walker: _Walker) -> Group:
+def _whole_branches(group: Group, walker: Walker) -> Group:
     """Refuse a group that divides what one branch of an If returns and not what the other does."""
     if isinstance(group.routes, Refusal):
         return group
@@ -393,49 +212,3 @@ def _whole_branches(group: Group, walker: _Walker) -> Group:
         if outer in divided and inner not in divided:
             return Group(group.sites, Refusal(inner.name or "", "the other branch of an If returns it undivided"))
     return group
-
-
-def _is_alone(layer: Site) -> bool:
-    """Whether a layer kept in float has a weight that nothing else reads, so that it may be changed."""
-    return all(len(value.uses()) == 1 for value in (layer.weight, layer.node.inputs[1]) if value is not None)
-
-
-def _arrival(way: _Way, absorber: Absorber) -> _Arrival | Refusal:
-    """The end of a way, if the constants it passed have a number for each channel of the absorber."""
-    for vector in absorber.vectors:
-        inside = attention_op(vector.node) is not None
-        if vector.tensor.size != absorber.channels and not (inside and vector.tensor.size > absorber.channels):
-            return Refusal(node_name(vector.node), "what it adds does not have a number for each channel")
-    return _Arrival(way, absorber)
-
-
-def _gain_vectors(node: ir.Node, value: ir.Value, facts: Facts) -> tuple[Vector, ...]:
-    """Gain and beta, if `value` is what a norm makes: a fused one, or any Mul by a constant vector."""
-    indices: Iterable[int] = ()
-    if node.domain in NORM_DOMAINS and node.op_type in NORMS and value is node.outputs[0]:
-        indices = [index for index in NORMS[node.op_type] if given(node.inputs, index) is not None]
-    elif node.domain in STANDARD_DOMAINS and node.op_type == "Mul":
-        indices = [index for index in (0, 1) if is_vector(node.inputs[index], facts)][:1]
-    vectors = []
-    for index in indices:
-        tensor = computed(node.inputs[index], facts.opsets)
-        if tensor is None or not is_vector(node.inputs[index], facts):
-            return ()
-        vectors.append(Vector(node, index, tensor))
-    return tuple(vectors)
-
-
-def _makes_its_caches(graph: ir.Graph) -> bool:
-    """Whether the caches that the model takes are its own, and none that another model has begun.
-
-    A decoder that only continues (one token at a time, or with caches that it never returns) is given caches that
-    its twin has made: to scale them here would be to misread them.
-    """
-    pasts = [value for value in graph.inputs if is_past(value)]
-    outputs = [value.name or "" for value in graph.outputs]
-    one_token = any(
-        value.shape is not None and len(value.shape) > 1 and value.shape[1] == 1
-        for value in graph.inputs
-        if (value.name or "") in TOKEN_INPUTS
-    )
-    return not one_token and all(any(is_cache_pair(past, name) for name in outputs) for past in pasts)
