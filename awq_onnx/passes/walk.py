@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from awq_onnx.passes.facts import Facts
 from awq_onnx.passes.sites import Refusal, Site, Survey, node_name
 from awq_onnx.passes.steps import Step, attention_op, given, is_cache_pair, is_past, is_vector, steps_back
 
+MOST_WAYS = 64  # from one input: products of products could have millions
 # Norms that hold their gain, and their beta if they have one, as inputs: which. Only output 0 depends on them. (The
 # inputs after them in the Skip forms are a bias that is added before the norm, and never divided.)
 NORMS: Mapping[str, tuple[int, ...]] = {
@@ -126,7 +128,7 @@ class Walker:
         self.arrivals: dict[ir.Value, dict[ir.Value, Arrival]] = {}  # absorber's output -> input -> its first way
         for site in survey.sites:
             if site.input not in self.ends:
-                self.ends[site.input] = list(self._walk(Way((site.input,))))
+                self.ends[site.input] = list(islice(self._walk(Way((site.input,))), MOST_WAYS))
         for ends in self.ends.values():
             for end in ends:
                 if isinstance(end, Arrival):

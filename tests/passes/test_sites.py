@@ -186,12 +186,12 @@ def test_a_weight_of_three_dimensions_is_refused() -> None:
 
 def test_a_weight_in_double_is_refused() -> None:
     refusal = only_refusal(layer(lambda b: b.weight(K, N, "w"), x_dtype=np.float64))
-    assert refusal.reason == "its weight is DOUBLE, only FLOAT and FLOAT16 have a kernel"
+    assert refusal.reason == "its weight is DOUBLE, only FLOAT, FLOAT16 and BFLOAT16 have a kernel"
 
 
-def test_a_weight_in_bfloat16_is_refused() -> None:
-    refusal = only_refusal(layer(lambda b: b.constant(np.ones((K, N)), "w"), x_dtype=ml_dtypes.bfloat16))
-    assert refusal.reason == "its weight is BFLOAT16, only FLOAT and FLOAT16 have a kernel"
+def test_a_weight_in_bfloat16_is_a_site() -> None:
+    site = only_site(layer(lambda b: b.constant(np.ones((K, N)), "w"), x_dtype=ml_dtypes.bfloat16))
+    assert site.dtype is ir.DataType.BFLOAT16
 
 
 @pytest.mark.parametrize("stored", [np.float64, ml_dtypes.bfloat16])
@@ -202,7 +202,7 @@ def test_a_weight_in_another_float_type_cast_to_float_is_a_site(stored: type) ->
 
 def test_whole_numbers_cast_to_float_are_refused() -> None:
     refusal = only_refusal(layer(lambda b: cast(b, b.constant(np.ones((K, N)), "w", np.int8), np.float32)))
-    assert refusal.reason == "its weight is INT8, only FLOAT and FLOAT16 have a kernel"
+    assert refusal.reason == "its weight is INT8, only FLOAT, FLOAT16 and BFLOAT16 have a kernel"
 
 
 def test_an_empty_weight_is_refused() -> None:
@@ -400,3 +400,67 @@ def test_a_product_of_two_constants_is_no_site() -> None:
     folded = builder.add("MatMul", builder.weight(K, K), builder.weight(K, N))
     builder.output(builder.add("Add", folded, builder.input("x", [K, N])))
     assert found_in(builder) == ((), ())
+
+
+def test_what_the_user_excludes_stays_and_is_told_with_the_pattern() -> None:
+    model = ir.from_proto(norm_and_readers(columns=(8, 8, 8)).model())
+    found = survey(model, Choice(exclude=("*_1",)))
+    assert names(found) == ["reader_0", "reader_2"]
+    assert found.kept == (Refusal("reader_1", "--exclude *_1 names it"),)
+    assert [site.name for site in found.floats] == ["reader_1"]
+
+
+def test_what_the_user_does_not_include_stays() -> None:
+    model = ir.from_proto(norm_and_readers(columns=(8, 8, 8)).model())
+    found = survey(model, Choice(include=("reader_[02]",), exclude=("reader_2",)))
+    assert names(found) == ["reader_0"]
+    assert found.kept == (
+        Refusal("reader_1", "no --include names it"),
+        Refusal("reader_2", "--exclude reader_2 names it"),
+    )
+
+
+def router(between: Callable[[GraphBuilder, str], str]) -> GraphBuilder:
+    builder = GraphBuilder()
+    logits = builder.add("MatMul", builder.input("x", ["rows", K]), builder.weight(K, 4), name="router")
+    node = helper.make_node("TopK", [between(builder, logits), builder.integers(2)], ["shares", "chosen"])
+    builder.nodes.append(node)
+    builder.output("chosen", dtype=np.int64)
+    return builder
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(lambda _, x: x, id="nothing"),
+        pytest.param(lambda b, x: b.add("Softmax", x), id="Softmax"),
+        pytest.param(lambda b, x: b.add("Add", b.add("Sigmoid", x), b.constant(np.ones(4))), id="Sigmoid and a bias"),
+        pytest.param(lambda b, x: b.cast(b.cast(x, np.float16, "half"), np.float32, "back"), id="casts"),
+    ],
+)
+def test_a_router_stays(between: Callable[[GraphBuilder, str], str]) -> None:
+    assert only_refusal(router(between)) == Refusal("router", "it chooses experts: a router stays as it is")
+
+
+def test_a_layer_whose_largest_numbers_are_asked_for_behind_a_function_is_no_router() -> None:
+    assert names(surveyed(router(lambda b, x: b.add("Tanh", x)))) == ["router"]
+
+
+def test_layers_in_the_bodies_of_an_if_are_sites() -> None:
+    builder = GraphBuilder()
+    builder.input("x", ["rows", K])
+    builder.weight(K, N, "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["inner"], name="inner")
+    y = helper.make_tensor_value_info("inner", 1, None)
+    bodies = {name: helper.make_graph([node], name, [], [y]) for name in ("then_branch", "else_branch")}
+    builder.nodes.append(helper.make_node("If", [builder.input("flag", [], np.bool_)], ["y"], **bodies))
+    builder.output("y", ["rows", N])
+    assert names(surveyed(builder)) == ["inner", "inner"]
+
+
+def test_a_conv_with_channels_first_is_refused_and_a_real_one_is_no_layer() -> None:
+    builder = GraphBuilder()
+    x = builder.input("x", ["batch", K, 5])
+    builder.output(builder.add("Conv", x, builder.constant(np.ones((N, K, 1))), name="pointwise"))
+    builder.output(builder.add("Conv", x, builder.constant(np.ones((N, K, 3))), name="real"))
+    assert [one.what for one in surveyed(builder).kept] == ["pointwise"]
