@@ -160,7 +160,7 @@ def _rows(expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> tupl
         keep = _real(expected.shape[:2], window, wanted)
         if not keep.all():
             return expected[keep], actual[keep]
-    columns = expected.shape[-1] if expected.ndim else 1
+    columns = max(expected.shape[-1], 1) if expected.ndim else 1
     return expected.reshape(-1, columns), actual.reshape(-1, columns)
 
 

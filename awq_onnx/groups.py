@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from awq_onnx import codec, search
 from awq_onnx.calibrate.channels import ChannelMap
-from awq_onnx.codec import Float32, Format, UInt8
+from awq_onnx.codec import Float32, Format
 from awq_onnx.errors import WeightError
 from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
@@ -26,15 +26,17 @@ WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is 
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One weight, rounded. codes: written already. scales (G, N), zero_points: kept, since a fold may divide scales.
+    """One layer, its weight rounded. name: of its tensors. codes, zero_points: written already, and shared by layers
+    with one weight. scales (G, N): kept, since a fold may divide them.
 
     loss, plain_loss, energy: see `search.Rounded`.
     """
 
     site: Site
+    name: str
     codes: ir.TensorProtocol
     scales: Float32
-    zero_points: UInt8 | None
+    zero_points: ir.TensorProtocol | None
     bits: int
     loss: float
     plain_loss: float
@@ -155,11 +157,22 @@ def _written(
     sites: Sequence[Site], rounded: Rounded, fmt: Format, files: OutputFiles, names: dict[Site, str]
 ) -> list[SiteResult]:
     """The codes of one weight in the data file, for every site that has it."""
-    codes = files.append(f"{names[sites[0]]}.codes", codec.pack(rounded.centred, rounded.grid))
-    zero_points = None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points, fmt.bits)
+    name, grid = names[sites[0]], rounded.grid
+    codes = files.append(f"{name}.codes", codec.pack(rounded.centred, grid))
+    zero_points = None
+    if not fmt.symmetric:
+        zero_points = files.append(f"{name}.zero_points", codec.pack_zero_points(grid.zero_points, fmt.bits))
     return [
         SiteResult(
-            site, codes, rounded.grid.scales, zero_points, fmt.bits, rounded.loss, rounded.plain_loss, rounded.energy
+            site=site,
+            name=names[site],
+            codes=codes,
+            scales=grid.scales,
+            zero_points=zero_points,
+            bits=fmt.bits,
+            loss=rounded.loss,
+            plain_loss=rounded.plain_loss,
+            energy=rounded.energy,
         )
         for site in sites
     ]

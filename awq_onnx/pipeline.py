@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,25 +197,24 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
     model = opened.model
     before = check.outline_of(model.graph)
     divided = _fold(opened, results)
-    muls = _insert_muls(model.graph, results)
-    packed: dict[tuple[str, bytes], rewrite.PackedWeight] = {}
-    tables = 0
+    added = Counter({"Mul": _insert_muls(model.graph, results)})
+    scales: dict[tuple[str, bytes], ir.TensorProtocol] = {}
     for result in results:
         for site in result.sites:
             gathers = embedding.lookups(site.site)
             layer = rewrite.to_matmul_nbits(
                 model,
                 site.site,
-                _packed(site, divided.get(site.site), files, packed),
+                _packed(site, divided.get(site.site), files, scales),
                 block_size=recipe.block_size,
                 bits=site.bits,
                 accuracy_level=recipe.accuracy_level,
                 metadata=_metadata(result, site),
             )
-            tables += embedding.share(model, layer, gathers)
+            added += Counter({layer.op_type: 1}) + embedding.share(model, layer, gathers)
     model.metadata_props["awq_onnx.version"] = __version__
     model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
-    check.check(model.graph, before, muls=muls, tables=tables)
+    check.check(model.graph, before, added)
 
 
 def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
@@ -232,7 +232,7 @@ def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, cod
                 columns[absorber.site] = divisor
         rows.update((layer, result.scale) for layer in result.group.compensated)
     quantized = {site for result in results for site in result.group.sites}
-    for layer in {**rows, **columns}.keys() - quantized:
+    for layer in [layer for layer in {**rows, **columns} if layer not in quantized]:
         weight = groups.read_weight(layer, opened)
         fold.rescale_layer(graph, layer, weight, rows.get(layer), columns.get(layer))
     return columns
@@ -255,31 +255,25 @@ def _packed(
     site: SiteResult,
     divisor: codec.Float32 | None,
     files: OutputFiles,
-    known: dict[tuple[str, bytes], rewrite.PackedWeight],
+    known: dict[tuple[str, bytes], ir.TensorProtocol],
 ) -> rewrite.PackedWeight:
     """The packed tensors; dividing an output channel divides the scales of its blocks, exactly.
 
-    known: what has been packed, by codes and divisor: layers with one weight share it.
+    known: the scales that were written, by codes and divisor: layers with one weight share them.
     """
-    codes = site.codes.name or ""
-    key = (codes, b"" if divisor is None else divisor.tobytes())
-    if key not in known:
-        twins = sum(codes == other for other, _ in known)
-        known[key] = _written(site, divisor, files, codes.removesuffix(".codes") + (f".{twins + 1}" if twins else ""))
-    return known[key]
-
-
-def _written(site: SiteResult, divisor: codec.Float32 | None, files: OutputFiles, name: str) -> rewrite.PackedWeight:
-    scales = site.scales if divisor is None else site.scales / divisor
     dtype = site.site.dtype.numpy()
+    key = (site.codes.name or "", b"" if divisor is None else divisor.tobytes())
+    if key not in known:
+        scales = site.scales if divisor is None else site.scales / divisor
+        known[key] = files.append(f"{site.name}.scales", codec.pack_scales(scales, dtype))
     bias = groups.read_bias(site.site)
     if bias is not None:
         bias = (bias if divisor is None else bias / divisor).astype(dtype)
     return rewrite.PackedWeight(
         codes=site.codes,
-        scales=files.append(f"{name}.scales", codec.pack_scales(scales, dtype)),
-        zero_points=None if site.zero_points is None else files.append(f"{name}.zero_points", site.zero_points),
-        bias=None if bias is None else files.append(f"{name}.bias", bias),
+        scales=known[key],
+        zero_points=site.zero_points,
+        bias=None if bias is None else files.append(f"{site.name}.bias", bias),
     )
 
 

@@ -43,6 +43,9 @@ class Recipe:
     seed: int = _setting(0, "of everything that is sampled: the same seed gives the same file")
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("symmetric", self.symmetric, (False, True))
         _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)

@@ -9,7 +9,7 @@ CPython's documentation, and for the GPT-2 of microbes samples drawn from the mo
 
 awq-onnx is run as a user without data runs it. Encoders, which write no text of their own, are also done with
 --allow-mul, and with --calibration text (numpy's documentation). +- is the standard error over windows, of the ratio
-too (windows resampled in pairs). Accuracy level 0 compares the methods, 4 is what the CPU kernel makes of them at speed.
+too (windows resampled in pairs). Accuracy level 0 compares the methods, 4 is what the CPU kernel makes of them.
 SmolLM2 takes about a quarter of an hour on two cores, the small models a few minutes each.
 """
 

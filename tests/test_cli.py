@@ -149,6 +149,25 @@ def test_json_is_one_object_and_nothing_else_on_stdout(folder: Path) -> None:
     assert report["comparison"]["kl_mean"] >= 0
 
 
+def test_the_layers_left_alone_are_told_with_the_option_that_did_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--include", "*layers*", "--exclude", "*/mlp/*", "--exclude", "*o_proj*"]
+    assert main_exits(folder / "model.onnx", "--quiet", *QUICK, *options) == 0
+    out = capsys.readouterr().out
+    assert "6 MatMuls to 4 bits," in out
+    assert "6 MatMuls, /layers.0/mlp/gate_proj/MatMul first: --exclude */mlp/* names it" in out
+    assert "2 MatMuls, /layers.0/o_proj/MatMul first: --exclude *o_proj* names it" in out
+    assert "/lm_head/MatMul: it is the lm_head, which stays as it is" in out
+
+
+def test_a_head_of_eight_bits_is_counted_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_exits(folder / "model.onnx", "--quiet", *QUICK, "--lm-head", "8") == 0
+    out = capsys.readouterr().out
+    assert "14 MatMuls to 4 bits, 1 to 8 bits, block size 32" in out
+    assert "Left alone" not in out
+
+
 def test_quiet_leaves_stderr_empty(folder: Path) -> None:
     out, err = command(folder / "model.onnx", "--quiet", *QUICK)
     assert err == ""
@@ -180,11 +199,13 @@ def test_a_second_run_with_force_leaves_the_same_bytes_and_does_not_append(folde
 
 def test_every_option_reaches_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--block-size", 16, "--symmetric", "--accuracy-level", 0, "--samples", 3]
-    options += ["--sequence-length", 9, "--seed", 5]
+    options += ["--sequence-length", 9, "--seed", 5, "--lm-head", 8, "--allow-mul"]
+    options += ["--include", "*proj*", "--include", "*lm_head*", "--exclude", "*/mlp/*"]
     assert main_exits(folder / "model.onnx", "--json", "--quiet", *options) == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
-    wanted = Recipe(block_size=16, symmetric=True, accuracy_level=0, samples=3, sequence_length=9, seed=5)
-    assert recipe == wanted.to_dict()
+    numbers = {"block_size": 16, "accuracy_level": 0, "samples": 3, "sequence_length": 9, "seed": 5}
+    flags = {"symmetric": True, "allow_mul": True, "lm_head": "8"}
+    assert recipe == {**numbers, **flags, "include": ["*proj*", "*lm_head*"], "exclude": ["*/mlp/*"]}
 
 
 # Help
@@ -235,10 +256,26 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         ("--samples", "1.5"),
         ("--sequence-length", "1"),
         ("--seed", "-1"),
+        ("--lm-head", "16"),
+        ("--include", ""),
+        ("--exclude", ""),
     ],
 )
 def test_an_impossible_option_value_is_named(folder: Path, refused: Refused, option: str, value: str) -> None:
     assert option in refused(folder / "model.onnx", f"{option}={value}", code=2)
+
+
+@pytest.mark.parametrize("option", ["--include", "--exclude"])
+@pytest.mark.parametrize("more", [[], ["--include", "*q_proj*"], ["--exclude", "*q_proj*"]])
+def test_a_pattern_that_fits_no_layer_is_named(folder: Path, refused: Refused, option: str, more: list[str]) -> None:
+    err = refused(folder / "model.onnx", *more, option, "*/layer[9]/*", code=2)
+    assert f"{option.strip('-')} '*/layer[9]/*' fits no layer" in err
+    assert "/layers.0/" in err  # what names are like here
+
+
+def test_patterns_that_leave_nothing_are_told_with_what_they_left(folder: Path, refused: Refused) -> None:
+    err = refused(folder / "model.onnx", "--exclude", "*", code=3)
+    assert "--exclude * names it" in err
 
 
 def test_an_unknown_option_is_named(folder: Path, refused: Refused) -> None:
@@ -333,7 +370,7 @@ def test_an_already_quantised_model(folder: Path, refused: Refused) -> None:
 def test_a_model_without_a_matmul(tmp_path: Path, refused: Refused) -> None:
     builder = GraphBuilder()
     builder.output(builder.add("Relu", builder.input("x", ["batch", 8]), to="y"), ["batch", 8])
-    assert "no MatMul" in refused(save(builder.model(), tmp_path / "model.onnx"), code=3)
+    assert "no linear layer" in refused(save(builder.model(), tmp_path / "model.onnx"), code=3)
 
 
 def test_a_model_whose_only_matmul_is_the_lm_head(tmp_path: Path, refused: Refused) -> None:

@@ -23,10 +23,14 @@ Array = NDArray[Any]
 property_test = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 block_sizes = st.sampled_from(BLOCK_SIZES)
+BITS = (4, 8)
+bit_counts = st.sampled_from(BITS)
+KINDS = {False: "zero points", True: "symmetric"}
 FORMATS = [
-    pytest.param(Format(32, symmetric, np.dtype(dtype)), id=f"{'symmetric' if symmetric else 'zero points'}-{dtype}")
-    for symmetric in (False, True)
+    pytest.param(Format(32, symmetric, np.dtype(dtype), bits), id=f"{kind}-{dtype}-{bits} bits")
+    for symmetric, kind in KINDS.items()
     for dtype in ("float32", "float16")
+    for bits in BITS
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS)
 
@@ -54,23 +58,25 @@ def assert_usable(grid: Grid, fmt: Format) -> None:
     assert np.isfinite(stored).all()
     assert (stored != 0).all()
     np.testing.assert_array_equal(stored, grid.scales.T)  # what is stored is what was searched with
-    assert ((grid.zero_points >= 0) & (grid.zero_points <= 15) & (grid.zero_points % 1 == 0)).all()
+    assert grid.bits == fmt.bits
+    assert ((grid.zero_points >= 0) & (grid.zero_points < 1 << fmt.bits) & (grid.zero_points % 1 == 0)).all()
 
 
 # Packing
 
 
 @property_test
-@given(G=st.integers(1, 9), block_size=block_sizes, N=st.integers(1, 9), seed=seeds)
-def test_unpacked_codes_are_the_packed_ones(G: int, block_size: int, N: int, seed: int) -> None:
+@given(G=st.integers(1, 9), block_size=block_sizes, N=st.integers(1, 9), bits=bit_counts, seed=seeds)
+def test_unpacked_codes_are_the_packed_ones(G: int, block_size: int, N: int, bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 16, (G, block_size, N)).astype(np.float32)
-    zero_points = rng.integers(0, 16, (G, N)).astype(np.float32)
-    grid = Grid(np.ones((G, N), np.float32), zero_points)
+    codes = rng.integers(0, 1 << bits, (G, block_size, N)).astype(np.float32)
+    zero_points = rng.integers(0, 1 << bits, (G, N)).astype(np.float32)
+    grid = Grid(np.ones((G, N), np.float32), zero_points, bits)
     packed = codec.pack(codes - zero_points[:, None, :], grid)
-    assert packed.shape == (N, G, block_size // 2)
+    assert packed.shape == (N, G, block_size * bits // 8)
+    assert packed.dtype == np.uint8
     assert packed.flags.c_contiguous
-    np.testing.assert_array_equal(codec.unpack(packed), codes.transpose(2, 0, 1))
+    np.testing.assert_array_equal(codec.unpack(packed, bits), codes.transpose(2, 0, 1))
 
 
 def test_the_even_element_is_in_the_low_nibble() -> None:
@@ -81,13 +87,15 @@ def test_the_even_element_is_in_the_low_nibble() -> None:
 
 
 @property_test
-@given(zero_points=arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 15)))
-def test_unpacked_zero_points_are_the_packed_ones(zero_points: Array) -> None:
-    G, N = zero_points.shape
-    packed = codec.pack_zero_points(zero_points.astype(np.float32))
+@given(shape=array_shapes(min_dims=2, max_dims=2, max_side=9), bits=bit_counts, seed=seeds)
+def test_unpacked_zero_points_are_the_packed_ones(shape: tuple[int, int], bits: int, seed: int) -> None:
+    G, N = shape
+    zero_points = np.random.default_rng(seed).integers(0, 1 << bits, shape)
+    packed = codec.pack_zero_points(zero_points.astype(np.float32), bits)
     assert packed.dtype == np.uint8
-    assert packed.shape == (N, -(-G // 2))
-    np.testing.assert_array_equal(codec.unpack_zero_points(packed, G), zero_points.T)
+    assert packed.flags.c_contiguous
+    assert packed.shape == (N, -(-G * bits // 8))
+    np.testing.assert_array_equal(codec.unpack_zero_points(packed, G, bits), zero_points.T)
 
 
 def test_zero_points_of_an_odd_number_of_blocks_start_every_row_on_a_new_byte() -> None:
@@ -116,11 +124,11 @@ def test_blocks_of_a_weight_that_fills_them_are_no_copy() -> None:
 @every_format
 @property_test
 @given(blocks=blocks_of_weights())
-def test_every_block_has_a_usable_grid_and_codes_of_four_bits(fmt: Format, blocks: Array) -> None:
+def test_every_block_has_a_usable_grid_and_codes_of_so_many_bits(fmt: Format, blocks: Array) -> None:
     grid, centred, restored = round_trip(blocks, fmt)
     assert_usable(grid, fmt)
     codes = centred + grid.zero_points[:, None, :]
-    assert ((codes >= 0) & (codes <= 15) & (codes % 1 == 0)).all()
+    assert ((codes >= 0) & (codes < 1 << fmt.bits) & (codes % 1 == 0)).all()
     assert np.isfinite(restored).all()
 
 
@@ -200,9 +208,21 @@ def test_the_symmetric_grid_uses_its_full_range_on_the_side_of_the_largest_weigh
     np.testing.assert_array_equal(restored, blocks)
 
 
-def test_the_symmetric_grid_has_its_zero_point_in_the_middle() -> None:
-    grid, _, _ = round_trip(np.full((2, 32, 3), 5, np.float32), Format(32, True, np.dtype(np.float32)))
-    assert (grid.zero_points == 8).all()
+@pytest.mark.parametrize(("bits", "middle"), [(4, 8), (8, 128)])
+def test_the_symmetric_grid_has_its_zero_point_in_the_middle(bits: int, middle: int) -> None:
+    grid, _, _ = round_trip(np.full((2, 32, 3), 5, np.float32), Format(32, True, np.dtype(np.float32), bits))
+    assert codec.middle_code(bits) == middle
+    assert (grid.zero_points == middle).all()
+
+
+@pytest.mark.parametrize("symmetric", KINDS)
+def test_eight_bits_are_sixteen_times_finer_than_four(symmetric: bool) -> None:
+    blocks = np.random.default_rng(0).standard_normal((3, 32, 50)).astype(np.float32)
+    errors = [
+        np.abs(round_trip(blocks, Format(32, symmetric, np.dtype(np.float32), bits))[2] - blocks).mean()
+        for bits in BITS
+    ]
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.2)
 
 
 def test_a_nearest_scale_in_half_precision_is_exact_in_half_precision() -> None:
@@ -240,7 +260,7 @@ def run_in_onnxruntime(x: Array, N: int, fmt: Format, tensors: dict[str, Array],
     dtype = helper.np_dtype_to_tensor_dtype(x.dtype)
     node = helper.make_node(
         "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
-        K=K, N=N, bits=4, block_size=fmt.block_size, accuracy_level=accuracy_level,
+        K=K, N=N, bits=fmt.bits, block_size=fmt.block_size, accuracy_level=accuracy_level,
     )  # fmt: skip
     graph = helper.make_graph(
         [node],
@@ -256,35 +276,37 @@ def run_in_onnxruntime(x: Array, N: int, fmt: Format, tensors: dict[str, Array],
 @pytest.mark.parametrize(("K", "N", "block_size"), CASES)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "symmetric"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bits", BITS)
 def test_onnxruntime_reads_the_packed_weight_as_we_do(
-    K: int, N: int, block_size: int, symmetric: bool, dtype: str
+    K: int, N: int, block_size: int, symmetric: bool, dtype: str, bits: int
 ) -> None:
     rng = np.random.default_rng(K + N)
-    fmt = Format(block_size, symmetric, np.dtype(dtype))
+    fmt = Format(block_size, symmetric, np.dtype(dtype), bits)
     x = rng.standard_normal((5, K)).astype(dtype)
     grid, centred, restored = round_trip(codec.to_blocks(weight_with_oddities(K, N, rng), block_size), fmt)
     tensors = {"codes": codec.pack(centred, grid), "scales": codec.pack_scales(grid.scales, dtype)}
     if not symmetric:
-        tensors["zero_points"] = codec.pack_zero_points(grid.zero_points)
+        tensors["zero_points"] = codec.pack_zero_points(grid.zero_points, bits)
 
     y = run_in_onnxruntime(x, N, fmt, tensors, accuracy_level=0)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 5e-3, "atol": 1e-2}
-    np.testing.assert_allclose(y, reference.matmul_nbits(x, *tensors.values()), **tolerance)
+    np.testing.assert_allclose(y, reference.matmul_nbits(x, **tensors, bits=bits), **tolerance)
     np.testing.assert_allclose(y, x.astype(np.float32) @ codec.from_blocks(restored, K), **tolerance)
     assert not y[:, N // 2].any() or N == 1
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["zero points", "symmetric"])
 @pytest.mark.parametrize("K", [96, 100])
-def test_int8_arithmetic_in_onnxruntime_agrees_to_a_percent(K: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_int8_arithmetic_in_onnxruntime_agrees_to_a_percent(K: int, symmetric: bool, bits: int) -> None:
     """The default accuracy level; negative scales and odd numbers of blocks are what its kernels could trip over."""
     rng = np.random.default_rng(0)
-    fmt = Format(32, symmetric, np.dtype(np.float32))
+    fmt = Format(32, symmetric, np.dtype(np.float32), bits)
     x = rng.standard_normal((6, K)).astype(np.float32)
     grid, centred, restored = round_trip(codec.to_blocks(weight_with_oddities(K, 9, rng), 32), fmt)
     tensors = {"codes": codec.pack(centred, grid), "scales": codec.pack_scales(grid.scales, np.float32)}
     if not symmetric:
-        tensors["zero_points"] = codec.pack_zero_points(grid.zero_points)
+        tensors["zero_points"] = codec.pack_zero_points(grid.zero_points, bits)
     expected = x @ codec.from_blocks(restored, K)
     error = run_in_onnxruntime(x, 9, fmt, tensors, accuracy_level=4) - expected
     assert np.linalg.norm(error) < 0.015 * np.linalg.norm(expected)

@@ -554,3 +554,74 @@ def test_nodes_without_names_are_named_after_what_they_make(tmp_path: Path) -> N
     report, output = quantized(model, tmp_path)
     assert "MatMul of /layers.0/q_proj/MatMul_output_0" in {one.name for one in report.matmuls}
     assert len(quantized_nodes(output)) == 7
+
+
+def tied_behind_two_norms() -> onnx.ModelProto:
+    """One weight, read behind two norms, and a third time where what it makes is divided again."""
+    builder = GraphBuilder()
+    weight = builder.weight(64, 64, "w")
+    for index in (0, 1):
+        normed = builder.rms_norm(builder.input(f"x{index}", ["batch", "sequence", 64]), 64, f"norm_{index}")
+        product = builder.add("MatMul", normed, weight, name=f"reader_{index}")
+        builder.output(builder.add("Tanh", product, to=f"y{index}"), ["batch", "sequence", 64])
+    return builder.model()
+
+
+def test_a_tied_weight_is_packed_once(tmp_path: Path) -> None:
+    model = tied_behind_two_norms()
+    rng = np.random.default_rng(0)
+    feed = {name: rng.standard_normal((8, 6, 64)).astype(np.float32) for name in ("x0", "x1")}
+    awq_onnx.quantize(model, tmp_path / "out.onnx", Recipe(accuracy_level=0), calibration=feed)
+    first, second = quantized_nodes(tmp_path / "out.onnx")
+    assert first.input[1:] == second.input[1:]
+    assert sum(values.dtype == np.uint8 and values.ndim == 3 for values in weights(tmp_path / "out.onnx").values()) == 1
+    expected, actual = run(model, feed), run(tmp_path / "out.onnx", feed)
+    for name, values in expected.items():
+        assert np.linalg.norm(actual[name] - values) < 0.15 * np.linalg.norm(values)
+
+
+def test_a_tied_weight_whose_columns_are_divided_once_shares_its_codes(tmp_path: Path) -> None:
+    """One layer three times in a row: the last one's columns are not divided, so its scales are its own."""
+    builder = GraphBuilder()
+    x, weight = builder.rms_norm(builder.input("x", ["b", "s", 64]), 64, "norm"), builder.weight(64, 64, "w")
+    for index in range(3):
+        x = builder.add("Relu", builder.add("MatMul", x, weight, name=f"layer_{index}"), name=f"relu_{index}")
+    builder.output(x)
+    model, feed = builder.model(), {"x": np.random.default_rng(0).standard_normal((8, 6, 64)).astype(np.float32)}
+    awq_onnx.quantize(model, tmp_path / "out.onnx", Recipe(accuracy_level=0), calibration=feed)
+    nodes = quantized_nodes(tmp_path / "out.onnx")
+    assert len({node.input[1] for node in nodes}) == 1
+    assert nodes[0].input[2] == nodes[1].input[2]
+    (expected,), (actual,) = run(model, feed).values(), run(tmp_path / "out.onnx", feed).values()
+    assert np.linalg.norm(actual - expected) < 0.25 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("excluded", ["reader_1", "first"])
+def test_an_excluded_layer_stays_in_float_and_is_rescaled(tmp_path: Path, excluded: str) -> None:
+    builder = norm_and_readers(columns=(48, 32))
+    hidden = builder.add("Relu", builder.linear("y0", 48, 64, "first", bias=True))
+    builder.output(builder.linear(hidden, 64, 16, "second"))
+    model, feed = builder.model(), {"x": np.random.default_rng(0).standard_normal((8, 6, 64)).astype(np.float32)}
+    recipe = Recipe(accuracy_level=0, exclude=(f"{excluded}*",))
+    report = awq_onnx.quantize(model, tmp_path / "out.onnx", recipe, calibration=feed)
+    assert len(report.matmuls) == 3
+    expected, actual = run(model, feed), run(tmp_path / "out.onnx", feed)
+    for name, values in expected.items():
+        assert np.linalg.norm(actual[name] - values) < 0.2 * np.linalg.norm(values)
+
+
+def test_two_runs_that_rescale_float_layers_write_the_same_bytes(tmp_path: Path) -> None:
+    """Their weights stand behind Transposes, so each gets an initializer of its own; in what order must not vary."""
+    builder = norm_and_readers(columns=(48,))
+    normed = builder.nodes[-1].input[0]
+    for index in range(6):
+        turned = builder.add("Transpose", builder.weight(8, 64), perm=[1, 0])
+        builder.output(builder.add("MatMul", normed, turned, name=f"kept_{index}"))
+    recipe, model = Recipe(accuracy_level=0, exclude=("kept*",)), builder.model()
+    feed = {"x": np.random.default_rng(0).standard_normal((8, 6, 64)).astype(np.float32) * np.linspace(0.1, 5, 64)}
+    feed["x"] = feed["x"].astype(np.float32)
+    for run_number in range(3):
+        (tmp_path / str(run_number)).mkdir()
+        path = tmp_path / str(run_number) / "out.onnx"
+        awq_onnx.quantize(model, path, recipe, calibration=feed)
+        assert path.read_bytes() == (tmp_path / "0" / "out.onnx").read_bytes()

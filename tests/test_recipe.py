@@ -17,6 +17,10 @@ def test_the_defaults_need_no_decision_from_the_user() -> None:
         "block_size": 32,
         "symmetric": False,
         "accuracy_level": 4,
+        "lm_head": "none",
+        "include": (),
+        "exclude": (),
+        "allow_mul": False,
         "samples": 32,
         "sequence_length": 256,
         "seed": 0,
@@ -48,6 +52,9 @@ def test_the_ends_of_a_range_are_in_it(setting: str, value: int) -> None:
         *(("block_size", bad) for bad in (0, 8, 33, 512, -32, "32", None, 32.5)),
         *(("symmetric", bad) for bad in ("yes", None, 2, [])),
         *(("accuracy_level", bad) for bad in (1, 2, 3, 5, -1, "4", None)),
+        *(("lm_head", bad) for bad in ("16", "", None, 8, [])),
+        *((name, bad) for name in ("include", "exclude") for bad in ("*", ("",), (3,), None)),
+        *(("allow_mul", bad) for bad in ("yes", None, 2)),
         *(("samples", bad) for bad in (0, -1, 65537, 1.5, "8", None, True)),
         *(("sequence_length", bad) for bad in (1, 0, -5, 65537, 2.5, "64", None, True)),
         *(("seed", bad) for bad in (-1, 2**32, 0.5, "0", None, False)),
@@ -92,7 +99,8 @@ def test_equal_recipes_are_equal_and_can_be_keys() -> None:
 
 
 def test_to_dict_makes_the_same_recipe_again() -> None:
-    recipe = Recipe(block_size=128, symmetric=True, accuracy_level=0, samples=3, sequence_length=5, seed=7)
+    choice = {"lm_head": "8", "include": ("*",), "exclude": ("*/layers.0/*", "lm_head"), "allow_mul": True}
+    recipe = Recipe(block_size=128, symmetric=True, accuracy_level=0, samples=3, sequence_length=5, seed=7, **choice)
     assert Recipe(**recipe.to_dict()) == recipe
 
 
@@ -100,4 +108,16 @@ def test_to_dict_makes_the_same_recipe_again() -> None:
 def test_every_setting_has_a_help_text_with_its_default(setting: str) -> None:
     default = getattr(Recipe(), setting)
     assert help_of(setting)
-    assert isinstance(default, bool) or f"(default {default})" in help_of(setting)
+    assert isinstance(default, bool | tuple) or f"(default {default})" in help_of(setting)
+
+
+def test_a_list_of_patterns_is_as_good_as_a_tuple() -> None:
+    """As JSON gives it back."""
+    recipe = Recipe(include=["*"], exclude=["a", "b"])  # type: ignore[arg-type]
+    assert (recipe.include, recipe.exclude) == (("*",), ("a", "b"))
+    assert recipe == Recipe(include=("*",), exclude=("a", "b"))
+
+
+@pytest.mark.parametrize(("lm_head", "bits"), [("none", None), ("8", 8), ("4", 4)])
+def test_the_bits_of_the_lm_head_are_a_number_or_none(lm_head: str, bits: int | None) -> None:
+    assert Recipe(lm_head=lm_head).lm_head_bits == bits

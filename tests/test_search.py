@@ -396,7 +396,9 @@ def test_weights_that_decayed_to_almost_nothing_stay_almost_nothing(symmetric: b
     rng = np.random.default_rng(0)
     w = (rng.uniform(-15, 15, (64, 8)) * size).astype(np.float32)
     fmt = Format(32, symmetric, FLOAT32)
-    scale, (rounded,) = search.round_group(read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt)
+    scale, (rounded,) = search.round_group(
+        read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt
+    )
     assert np.abs(shipped_weight(rounded, scale, fmt)).max() <= 20 * size
 
 

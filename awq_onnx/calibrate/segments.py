@@ -23,7 +23,7 @@ from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.bodies import all_bodies
-from awq_onnx.passes.constants import constant
+from awq_onnx.passes.constants import stored
 from awq_onnx.progress import unheard
 from awq_onnx.search import InputStatistics
 from awq_onnx.store import OpenedModel
@@ -174,7 +174,7 @@ def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
     wanted = {value.name for group in groups for value in group.inputs}
     needed = []
     for node in reversed(list(graph)):
-        if any(output.name in wanted and constant(output) is None for output in node.outputs):
+        if any(output.name in wanted and stored(output) is None for output in node.outputs):
             needed.append(node)
             wanted.update(reads(node))
     return needed[::-1]
@@ -182,7 +182,7 @@ def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
 
 def reads(node: ir.Node) -> list[str]:
     """The names of the values a node reads that are no constants, those that its subgraphs take along included."""
-    return [value.name or "" for value in _values_read(node) if constant(value) is None]
+    return [value.name or "" for value in _values_read(node) if stored(value) is None]
 
 
 def _values_read(node: ir.Node) -> list[ir.Value]:
@@ -199,7 +199,7 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _weight_bytes(node: ir.Node) -> int:
-    tensors = [constant(value) for value in node.inputs]
+    tensors = [stored(value) for value in node.inputs if value is not None]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -208,7 +208,7 @@ def extract(model: ir.Model, part: Part, alive: Feed) -> onnx.ModelProto:
     nodes = [ir.to_proto(node) for node in part.nodes]
     constants: dict[str, ir.Value] = {}
     for node in part.nodes:
-        constants.update((v.name or "", v) for v in _values_read(node) if constant(v) is not None)
+        constants.update((v.name or "", v) for v in _values_read(node) if stored(v) is not None)
     graph = onnx.helper.make_graph(
         [*(ir.to_proto(node) for node in _constant_nodes(constants.values())), *nodes],
         "part",

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from awq_onnx.passes.constants import STANDARD_DOMAINS
+from awq_onnx.passes.constants import STANDARD_DOMAINS, depends_on_data
 from awq_onnx.passes.sites import Refusal, Site, Survey, node_name
-from awq_onnx.passes.steps import MOVES, SELECTS, is_cache_pair
+from awq_onnx.passes.steps import MOVES, SELECTS, is_cache_pair, steps_back
 from awq_onnx.passes.walk import Absorber, Arrival, Gain, Linear, Vector, Walker, is_alone
 
 __all__ = ["Absorber", "Gain", "Group", "Linear", "Route", "Vector", "find_groups"]
@@ -144,36 +144,48 @@ class _Readers:
     def check(self, value: ir.Value, what: str) -> Refusal | None:
         for use in value.uses():
             node, index = use.node, use.idx
-            if node.op_type == "Shape" or (index == 0 and node in self._nodes):
-                continue
             if (node, index) in self._uses:
                 if node.op_type == "Split":  # what it hands to others
                     self.untouched.extend(node.outputs)
-            elif index == 0 and not self._moved and (kept := self._walker.floats.get(node)) and is_alone(kept):
-                self.compensated.append(kept)
-            elif not self._selects(node, index):
+            elif not (index == 0 and node in self._nodes) and not self._is_harmless(node, index, self._moved):
                 return Refusal(node_name(node), f"{node.op_type} reads {what}")
         return None
 
-    def _selects(self, node: ir.Node, index: int) -> bool:
-        """Whether a reader beside the way only takes a part of what it is given, perhaps after moving it."""
-        if index != 0 or node.op_type not in MOVES or node.domain not in STANDARD_DOMAINS:
+    def _is_harmless(self, node: ir.Node, index: int, moved: bool) -> bool:
+        """Whether a reader beside the ways does not notice, or can be made not to. moved: channels before it may be."""
+        if node.op_type == "Shape":
+            return True
+        if index != 0:
+            return False
+        layer = self._walker.floats.get(node)
+        if layer is not None:
+            if moved or not is_alone(layer):
+                return False
+            self.compensated.append(layer)
+            return True
+        if node.op_type not in MOVES or node.domain not in STANDARD_DOMAINS:
             return False
         if node.op_type in SELECTS:
             self.untouched.extend(node.outputs)
-            return True
-        readers = node.outputs[0].uses()
-        return bool(readers) and all(self._selects(use.node, use.idx) for use in readers)
+            return not any(depends_on_data(value) for value in node.inputs[1:])
+        output = node.outputs[0]
+        moved = moved or any(step.moves for step in steps_back(output, self._walker.facts))
+        readers = output.uses()
+        return (
+            bool(readers)
+            and not output.is_graph_output()
+            and all(self._is_harmless(use.node, use.idx, moved) for use in readers)
+        )
 
 
 def _merge_tied(groups: Sequence[Group], sites: Sequence[Site], walker: Walker) -> tuple[Group, ...]:
     """Groups with a weight in common as one, since that weight can only be scaled in one way."""
     order = {site: position for position, site in enumerate(sites)}
-    by_weight: dict[tuple[ir.Value, bool], list[Group]] = {}
+    by_weight: dict[tuple[ir.Value, bool, ir.DataType], list[Group]] = {}
     merged: dict[Group, list[Group]] = {group: [group] for group in groups}
     for group in groups:
         for site in group.sites:
-            by_weight.setdefault((site.weight, site.transposed), []).append(group)
+            by_weight.setdefault((site.weight, site.transposed, site.dtype), []).append(group)
     for sharing in by_weight.values():
         for other in sharing[1:]:
             if merged[other] is not merged[sharing[0]]:
@@ -208,7 +220,7 @@ def _whole_branches(group: Group, walker: Walker) -> Group:
     if isinstance(group.routes, Refusal):
         return group
     divided = {value for route in group.routes for value in route.values}
-    for inner, outer in walker.branch_outputs.items():
-        if outer in divided and inner not in divided:
+    for inner, outputs in walker.branch_outputs.items():
+        if inner not in divided and not divided.isdisjoint(outputs):
             return Group(group.sites, Refusal(inner.name or "", "the other branch of an If returns it undivided"))
     return group

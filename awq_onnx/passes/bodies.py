@@ -34,12 +34,11 @@ def all_bodies(node: ir.Node) -> Iterator[ir.Graph]:
             yield from all_bodies(inner)
 
 
-def branch_outputs(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
-    """What each value that a branch of an If returns is called outside: the output of the If."""
-    return {
-        inner: outer
-        for node in all_nodes(graph)
-        if node.op_type == "If"
-        for body in direct_bodies(node)
-        for inner, outer in zip(body.outputs, node.outputs, strict=True)
-    }
+def branch_outputs(graph: ir.Graph) -> dict[ir.Value, list[ir.Value]]:
+    """What each value that a branch of an If returns is called outside: outputs of the If."""
+    outer: dict[ir.Value, list[ir.Value]] = {}
+    for node in all_nodes(graph):
+        for body in direct_bodies(node) if node.op_type == "If" else ():
+            for inner, output in zip(body.outputs, node.outputs, strict=True):
+                outer.setdefault(inner, []).append(output)
+    return outer

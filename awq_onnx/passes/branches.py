@@ -49,7 +49,8 @@ def condition_model(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelP
     small = onnx.ModelProto()
     small.CopyFrom(model)
     graph = small.graph
-    made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    made = {name for node in graph.node for name in node.output}
+    made |= {value.name for value in (*graph.input, *graph.initializer)}
     wanted = [name for name in names if name in made]
     nodes = leading_to(graph.node, wanted)
     del graph.node[:]

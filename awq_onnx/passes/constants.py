@@ -13,6 +13,7 @@ from awq_onnx import runtime
 
 Opsets: TypeAlias = "Mapping[str, int]"
 
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 STANDARD_DOMAINS = ("", "ai.onnx")
 MOST_NODES = 16  # between a value and the constants it is computed from
 # What makes something else every time, or cannot be computed ahead.
@@ -59,26 +60,58 @@ def computed(value: ir.Value | None, opsets: Opsets) -> ir.TensorProtocol | None
     return ir.LazyTensor(evaluate, dtype, dims, name=value.name)
 
 
+def stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """As `constant`, and the default of an initializer that a caller may override."""
+    return value.const_value if value.is_initializer() else constant(value)
+
+
+def depends_on_data(value: ir.Value | None) -> bool:
+    """Whether a value depends on what the model's inputs hold, and not on their shapes alone."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen or one.is_initializer():
+            continue
+        seen.add(one)
+        node = one.producer()
+        if node is None:
+            return True
+        if node.op_type not in ("Shape", "Size"):
+            waiting.extend(node.inputs)
+    return False
+
+
 def _nodes_behind(value: ir.Value) -> list[ir.Node] | None:
     """The nodes that make `value` from constants, in order; None where something else takes part, or too many do."""
     nodes: dict[ir.Node, None] = {}
+    visited: set[ir.Node] = set()
 
     def visit(one: ir.Value) -> bool:
         if constant(one) is not None:
             return True
         node = one.producer()
-        if node is None or one.is_graph_input() or node.domain not in STANDARD_DOMAINS or len(nodes) > MOST_NODES:
+        if node is None or one.is_graph_input() or not _is_plain(node):
             return False
-        bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
-        if bodies or node.op_type in NEVER_CONSTANT or node.op_type == "Constant":
+        if node in nodes:
+            return True
+        visited.add(node)
+        if len(visited) > MOST_NODES or not all(visit(read) for read in node.inputs if read is not None):
             return False
-        if node not in nodes:
-            if not all(visit(read) for read in node.inputs if read is not None):
-                return False
-            nodes[node] = None
+        nodes[node] = None
         return True
 
     return list(nodes) if visit(value) else None
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a node always makes the same of the same inputs, and holds no bodies."""
+    bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+    return (
+        node.domain in STANDARD_DOMAINS
+        and node.op_type not in NEVER_CONSTANT
+        and node.op_type != "Constant"  # one that `constant` cannot read
+        and not bodies
+    )
 
 
 def _leaves(nodes: list[ir.Node]) -> Iterator[tuple[str, ir.TensorProtocol]]:

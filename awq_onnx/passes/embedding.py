@@ -6,6 +6,7 @@ Source: onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,15 +39,15 @@ def _row_lookups(value: ir.Value, rows_are_tokens: bool) -> Iterator[ir.Node]:
             yield node
 
 
-def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> int:
-    """Let `gathers` look up the packed weight of `layer`, a MatMulNBits; how many nodes were added for it.
+def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> Counter[str]:
+    """Let `gathers` look up the packed weight of `layer`, a MatMulNBits; the nodes that were added for it, by op.
 
     Where a row does not fill its blocks the layouts differ, and the table stays.
     """
     graph = model.graph
     K, N, bits, block_size = (layer.attributes[name].as_int() for name in ("K", "N", "bits", "block_size"))
     if K % block_size or not gathers:
-        return 0
+        return Counter()
     codes, scales, zero_points = (*layer.inputs[1:], None, None)[:3]
     assert codes is not None
     shape = _constant(graph, f"{codes.name}.rows", np.array([N, K * bits // 8], np.int64))
@@ -59,7 +60,7 @@ def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> int:
         zero_points = _constant(graph, f"{codes.name}.middle", codec.pack_zero_points(middle, bits))
     for gather in gathers:
         _replace(gather, [rows.outputs[0], gather.inputs[1], scales, zero_points], bits, block_size)
-    return 1
+    return Counter({"Reshape": 1, "GatherBlockQuantized": len(gathers)})
 
 
 def _constant(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,23 @@ def replace_constant(graph: ir.Graph, node: ir.Node, index: int, tensor: ir.Tens
     """Put `tensor` in the place of what node.inputs[index] holds, for this node alone."""
     value = node.inputs[index]
     assert value is not None
-    if value.is_initializer() and len(value.uses()) == 1 and value.graph is graph:
+    alone = len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
+    if value.is_initializer() and alone and value.graph is graph:
         tensor.name = value.name
         value.const_value = tensor
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         return
-    tensor.name = f"{value.name}.{node.name or node.outputs[0].name}.scaled"
+    tensor.name = fresh_name(graph, f"{value.name}.{node.name or node.outputs[0].name}.scaled")
     replacement = ir.val(tensor.name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
     graph.register_initializer(replacement)
     node.replace_input_with(index, replacement)
     remove_unread(value)
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """`wanted`, or that with a number where an initializer has the name already."""
+    names = (wanted if n == 0 else f"{wanted}.{n}" for n in count())
+    return next(name for name in names if name not in graph.initializers)
 
 
 def divide(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[Any]:

@@ -25,7 +25,7 @@ def _holders(model: ir.Model) -> set[ir.OperatorIdentifier]:
     holders = {
         identifier
         for identifier, function in model.functions.items()
-        if any(node.op_type in LAYER_OPS for node in function.all_nodes())
+        if any(node.op_type in (*LAYER_OPS, "Conv") for node in function.all_nodes())
     }
     while True:
         further = {one for one, called in calls.items() if called & holders} - holders

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from awq_onnx.passes.bodies import all_nodes
 from awq_onnx.passes.constants import STANDARD_DOMAINS, constant
 from awq_onnx.passes.fold import remove_unread
+from awq_onnx.passes.names import Names
 from awq_onnx.passes.rewrite import take_over
 
 # Steps that do the same wherever the channels are.
@@ -36,13 +37,13 @@ class _Region:
 
 def write_as_matmuls(graph: ir.Graph) -> int:
     """Rewrite every such region of `graph`; how many Convs that were."""
-    rewritten = 0
+    rewritten, names = 0, Names(graph)
     for node in list(all_nodes(graph)):
         if node.graph is None or not _is_pointwise(node):
             continue
         region = _region(node)
         if region is not None:
-            rewritten += _rewrite(region)
+            rewritten += _rewrite(region, names)
     return rewritten
 
 
@@ -115,7 +116,7 @@ def _permutes(node: ir.Node, perm: Sequence[int]) -> bool:
     )
 
 
-def _rewrite(region: _Region) -> int:
+def _rewrite(region: _Region, names: Names) -> int:
     convs = [node for node in region.nodes if node.op_type == "Conv"]
     for node in region.nodes:
         for output in node.outputs:
@@ -129,19 +130,19 @@ def _rewrite(region: _Region) -> int:
         assert before is not None
         take_over(after, before)
     for conv in convs:
-        _to_matmul(conv)
+        _to_matmul(conv, names)
     for node in (*region.ends, *region.starts):
         remove_unread(node.outputs[0])
     return len(convs)
 
 
-def _to_matmul(conv: ir.Node) -> None:
+def _to_matmul(conv: ir.Node, names: Names) -> None:
     """MatMul and Add in the place of a Conv whose input has its channels last by now."""
     graph = conv.graph
     assert isinstance(graph, ir.Graph)
     x, weight = conv.inputs[:2]
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    nodes = list(_linear(graph, conv, x, weight, bias))
+    nodes = list(_linear(graph, conv, x, weight, bias, names))
     take_over(conv.outputs[0], nodes[-1].outputs[0])
     for node in nodes:
         graph.insert_before(conv, node)
@@ -150,15 +151,23 @@ def _to_matmul(conv: ir.Node) -> None:
 
 
 def _linear(
-    graph: ir.Graph, conv: ir.Node, x: ir.Value | None, weight: ir.Value | None, bias: ir.Value | None
+    graph: ir.Graph,
+    conv: ir.Node,
+    x: ir.Value | None,
+    weight: ir.Value | None,
+    bias: ir.Value | None,
+    names: Names,
 ) -> Iterator[ir.Node]:
     tensor = constant(weight)
     assert tensor is not None
     rows, columns = tensor.shape.numpy()[:2]
     name = conv.name or conv.outputs[0].name
-    matrix = ir.val(f"{name}.matrix", tensor.dtype, [rows, columns], const_value=reshaped(tensor, (rows, columns)))
+    matrix = ir.val(
+        names.fresh(f"{name}.matrix"), tensor.dtype, [rows, columns], const_value=reshaped(tensor, (rows, columns))
+    )
     graph.register_initializer(matrix)
-    transpose = ir.node("Transpose", [matrix], {"perm": [1, 0]}, name=f"{name}.matrix.Transpose")
+    transpose = ir.node("Transpose", [matrix], {"perm": [1, 0]}, name=names.fresh(f"{name}.matrix.Transpose"))
+    transpose.outputs[0].name = names.fresh(f"{name}.matrix.transposed")
     yield transpose
     product = ir.node(
         "MatMul",
@@ -167,10 +176,10 @@ def _linear(
         doc_string=conv.doc_string,
         metadata_props=conv.metadata_props,
     )
-    product.outputs[0].name = f"{name}.product"
+    product.outputs[0].name = names.fresh(f"{name}.product")
     yield product
     if bias is not None:
-        yield ir.node("Add", [product.outputs[0], bias], name=f"{name}.bias")
+        yield ir.node("Add", [product.outputs[0], bias], name=names.fresh(f"{name}.bias"))
 
 
 def reshaped(tensor: ir.TensorProtocol, dims: tuple[int, ...], offset_bytes: int = 0) -> ir.TensorProtocol:

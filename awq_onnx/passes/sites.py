@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
 from awq_onnx.passes.bodies import all_nodes, branch_outputs
-from awq_onnx.passes.constants import STANDARD_DOMAINS, Opsets, computed, constant, is_computed
-from awq_onnx.passes.facts import Facts, facts_of
+from awq_onnx.passes.constants import FLOATS, STANDARD_DOMAINS, Opsets, computed, constant, is_computed
+from awq_onnx.passes.facts import Dims, Facts, facts_of
 from awq_onnx.passes.normalized import head_size
 
 LAYER_OPS = ("MatMul", "Gemm", "FusedMatMul")  # what MatMulNBits may stand in the place of
 QUANTIZED_OPS = frozenset({"MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"})
 FEW_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2})
 QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-READABLE_DTYPES = QUANTIZABLE_DTYPES | {ir.DataType.DOUBLE}
-# What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature.
+# What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature, probabilities.
 AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"})
+AFTER_HEAD |= {"Softmax", "LogSoftmax"}
 # What may stand between a router of experts and the TopK that chooses them.
 AFTER_ROUTER = frozenset({"Cast", "Identity", "Add", "Reshape", "Softmax", "Sigmoid", "Unsqueeze", "Squeeze"})
 # Nodes with the weights of linear layers inside, that cannot become MatMulNBits as they are: op -> input, what it is.
@@ -122,7 +122,7 @@ def survey(model: ir.Model, choice: Choice | None = None) -> Survey:
     outer = branch_outputs(graph)
     vocabulary = _embedding_rows(graph)
     for node in all_nodes(graph):
-        found = find_site(node, facts.opsets)
+        found = find_site(node, facts)
         if found is None:
             continue
         if isinstance(found, Refusal):
@@ -152,24 +152,24 @@ def _dequantizes_few_bits(node: ir.Node) -> bool:
     return tensor is not None and tensor.dtype in FEW_BITS and len(tensor.shape) == 2
 
 
-def find_site(node: ir.Node, opsets: Opsets) -> Site | Refusal | None:
+def find_site(node: ir.Node, facts: Facts) -> Site | Refusal | None:
     """The node as a Site, a Refusal for a linear layer that cannot be one, None for everything else."""
     form = _form(node)
     if form is None:
         return _refused_holder(node)
-    source = _weight_source(node.inputs[1], opsets)
+    source = _weight_source(node.inputs[1], facts.opsets)
     if source is None or is_computed(node.inputs[0]):
         return _refused_left(node)
     weight, tensor, transposed, dtype = source
     if len(tensor.shape) < 2:
         return None
-    reason = form.reason or _why_not(node, tensor, dtype)
+    reason = form.reason or _why_not(tensor, dtype, facts.shape(node.inputs[0]))
     if reason:
         return Refusal(node_name(node), reason)
     rows, columns = tensor.shape.numpy()
     transposed = transposed != form.transposed
     K, N = (columns, rows) if transposed else (rows, columns)
-    bias = computed(node.inputs[2], opsets) if form.bias else None
+    bias = computed(node.inputs[2], facts.opsets) if form.bias else None
     if form.bias and (bias is None or bias.size not in (1, N) or bias.size != (bias.shape.numpy() or (1,))[-1]):
         return Refusal(node_name(node), "what it adds is no constant vector")
     return Site(node, node_name(node), weight, tensor, transposed, dtype, K, N, form.factor, bias, form.beta)
@@ -230,15 +230,14 @@ def _refused_left(node: ir.Node) -> Refusal | None:
     return Refusal(node_name(node), "its weight stands on the left")
 
 
-def _why_not(node: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> str | None:
+def _why_not(tensor: ir.TensorProtocol, dtype: ir.DataType, x: Dims | None) -> str | None:
     if len(tensor.shape) != 2:
         return f"its weight has {len(tensor.shape)} dimensions, only 2 are supported"
-    if dtype not in QUANTIZABLE_DTYPES or tensor.dtype not in READABLE_DTYPES:
+    if dtype not in QUANTIZABLE_DTYPES or tensor.dtype not in FLOATS:
         return f"its weight is {tensor.dtype.name}, only FLOAT, FLOAT16 and BFLOAT16 have a kernel"
     if 0 in tensor.shape.numpy():
         return "its weight is empty"
-    rows = node.inputs[0].shape if node.inputs[0] is not None else None
-    if rows is not None and len(rows) < 2:
+    if x is not None and len(x) < 2:
         return "its input has one dimension, MatMulNBits wants two or more"
     return None
 
@@ -276,7 +275,9 @@ def is_view(value: ir.Value) -> bool:
         return False
     if node.op_type == "Transpose":
         return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
-    return node.op_type in ("Cast", "Identity")
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes.get_int("to", 0)) in FLOATS
+    return node.op_type == "Identity"
 
 
 def _embedding_rows(graph: ir.Graph) -> set[int]:
@@ -293,12 +294,12 @@ def _why_left(site: Site, choice: Choice) -> str | None:
     return None
 
 
-def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, ir.Value]) -> bool:
+def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, Sequence[ir.Value]]) -> bool:
     """Whether this layer makes the logits: nothing but steps of `AFTER_HEAD` between it and a graph output."""
     value = site.output
     while not value.is_graph_output() or value in outer:
         if value in outer:
-            value = outer[value]
+            value = outer[value][0]
             continue
         followers = list(value.consumers())
         if len(followers) != 1 or followers[0].op_type not in AFTER_HEAD:

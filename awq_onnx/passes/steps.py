@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from awq_onnx.passes.constants import STANDARD_DOMAINS, computed, is_computed
+from awq_onnx.passes.constants import FLOATS, STANDARD_DOMAINS, computed, depends_on_data, is_computed
 from awq_onnx.passes.facts import Facts
 
 # Steps that move or copy channels of their first input, and change no value.
@@ -94,12 +94,24 @@ def steps_back(output: ir.Value, facts: Facts) -> Sequence[Step]:
     if rule is not None:
         return rule(node, facts)
     if node.op_type in CARRIES:
-        return (Step(0),)
-    return (Step(0, moves=_may_move(node, output, facts)),) if node.op_type in MOVES else ()
+        return (Step(0),) if output is node.outputs[0] and _keeps_floats(node) else ()
+    return _through_move(node, output, facts) if node.op_type in MOVES else ()
 
 
 def attention_op(node: ir.Node) -> AttentionOp | None:
     return ATTENTION_OPS.get(("" if node.domain in STANDARD_DOMAINS else node.domain, node.op_type))
+
+
+def _keeps_floats(node: ir.Node) -> bool:
+    return node.op_type != "Cast" or ir.DataType(node.attributes.get_int("to", 0)) in FLOATS
+
+
+def _through_move(node: ir.Node, output: ir.Value, facts: Facts) -> Sequence[Step]:
+    """Which channels a choice takes must not depend on the data: it is traced once, for every run."""
+    moves = _may_move(node, output, facts)
+    if moves and node.op_type in SELECTS and any(depends_on_data(value) for value in node.inputs[1:]):
+        return ()
+    return (Step(0, moves=moves),)
 
 
 def _through_mul(node: ir.Node, _: Facts) -> Sequence[Step]:

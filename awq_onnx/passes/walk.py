@@ -14,10 +14,10 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from awq_onnx.passes.bodies import branch_outputs
-from awq_onnx.passes.constants import STANDARD_DOMAINS, computed
+from awq_onnx.passes.constants import STANDARD_DOMAINS, computed, is_computed
 from awq_onnx.passes.facts import Facts
-from awq_onnx.passes.sites import Refusal, Site, Survey, node_name
-from awq_onnx.passes.steps import Step, attention_op, given, is_cache_pair, is_past, is_vector, steps_back
+from awq_onnx.passes.sites import LAYER_OPS, Refusal, Site, Survey, node_name
+from awq_onnx.passes.steps import SELECTS, Step, attention_op, given, is_cache_pair, is_past, is_vector, steps_back
 
 MOST_WAYS = 64  # from one input: products of products could have millions
 # Norms that hold their gain, and their beta if they have one, as inputs: which. Only output 0 depends on them. (The
@@ -91,7 +91,8 @@ class Way:
     """A walk back from an input.
 
     values: what it passed, the input first. uses: the steps between them. output: behind the bias that was met first.
-    moved: behind the move that was met first.
+    chosen: behind the choice of channels, or rows, that was met first. moved: the same, or behind the move that was met
+    first, if channels have moved at all.
     """
 
     values: tuple[ir.Value, ...]
@@ -99,6 +100,7 @@ class Way:
     vectors: tuple[Vector, ...] = ()
     output: ir.Value | None = None
     pasts: tuple[ir.Value, ...] = ()
+    chosen: ir.Value | None = None
     moved: ir.Value | None = None
 
 
@@ -128,34 +130,46 @@ class Walker:
         self.arrivals: dict[ir.Value, dict[ir.Value, Arrival]] = {}  # absorber's output -> input -> its first way
         for site in survey.sites:
             if site.input not in self.ends:
-                self.ends[site.input] = list(islice(self._walk(Way((site.input,))), MOST_WAYS))
+                self.ends[site.input] = list(islice(self._walk(site.input), MOST_WAYS))
         for ends in self.ends.values():
             for end in ends:
                 if isinstance(end, Arrival):
                     self.arrivals.setdefault(end.absorber.output, {}).setdefault(end.input, end)
 
-    def _walk(self, way: Way) -> Iterator[Arrival | Refusal]:
+    def _walk(self, start: ir.Value) -> Iterator[Arrival | Refusal]:
         """Every way back to an absorber, the likeliest first; a Refusal for each that ends before."""
-        value = way.values[-1]
-        node = value.producer()
-        if node is None:
-            yield Refusal(value.name or "", "the input is an input of the model")
-        elif node in self.sites:
-            yield _arrival(way, Linear(self.sites[node], way.output or value, way.vectors))
-        elif node in self.floats:
-            if is_alone(self.floats[node]):
-                yield _arrival(way, Linear(self.floats[node], way.output or value, way.vectors))
-            else:
-                yield Refusal(node_name(node), f"the {node.op_type} before it has a weight that others read")
-        elif gains := _gain_vectors(node, value, self.facts):
-            yield _arrival(way, Gain(node, way.output or value, (*gains, *way.vectors)))
-        else:
+        waiting = [Way((start,))]
+        while waiting:
+            way = waiting.pop()
+            end = self._end(way)
+            if end is not None:
+                yield end
+                continue
+            value = way.values[-1]
+            node = value.producer()
+            assert node is not None
             steps = (self._taken(way, step, node) for step in steps_back(value, self.facts))
             further = [one for one in steps if one is not None]
             if not further:
                 yield Refusal(node_name(node), f"{node.op_type} comes before, which cannot be divided")
-            for one in further:
-                yield from self._walk(one)
+            waiting.extend(reversed(further))
+
+    def _end(self, way: Way) -> Arrival | Refusal | None:
+        """What a way has arrived at; None where it goes on, or ends at a node that lets nothing pass."""
+        value = way.values[-1]
+        node = value.producer()
+        if node is None:
+            what = "the input is an input of the model" if value.is_graph_input() else "it comes from a table"
+            return Refusal(value.name or "", what)
+        layer = self.sites.get(node) or self.floats.get(node)
+        if layer is not None:
+            if node in self.floats and not is_alone(layer):
+                return Refusal(node_name(node), f"the {node.op_type} before it has a weight that others read")
+            return _arrival(way, Linear(layer, way.output or value, way.vectors))
+        if node.op_type in LAYER_OPS and is_computed(node.inputs[1]):
+            return Refusal(node_name(node), f"the {node.op_type} before it is not quantised")
+        gains = _gain_vectors(node, value, self.facts)
+        return _arrival(way, Gain(node, way.output or value, (*gains, *way.vectors))) if gains else None
 
     def _taken(self, way: Way, step: Step, node: ir.Node) -> Way | None:
         """The way one step on; None where a bias already met would then be in other places than its channels."""
@@ -175,17 +189,19 @@ class Walker:
             vectors=vectors,
             output=output,
             pasts=(*way.pasts, *([step.past] if step.past is not None else [])),
-            moved=way.moved or (way.values[-1] if step.moves else None),
+            chosen=way.chosen or (way.values[-1] if node.op_type in SELECTS else None),
+            moved=way.moved or ((way.chosen or way.values[-1]) if step.moves else None),
         )
 
     def with_outer(self, values: Iterable[ir.Value]) -> list[ir.Value]:
         """The values without repeats, and what branches return them as."""
         found: dict[ir.Value, None] = {}
-        for value in values:
-            one: ir.Value | None = value
-            while one is not None:
-                found[one] = None
-                one = self.branch_outputs.get(one)
+        waiting = list(values)[::-1]
+        while waiting:
+            value = waiting.pop()
+            if value not in found:
+                found[value] = None
+                waiting.extend(self.branch_outputs.get(value, ()))
         return list(found)
 
     def is_cache(self, output: str) -> bool:
@@ -194,7 +210,8 @@ class Walker:
 
 def is_alone(layer: Site) -> bool:
     """Whether a layer kept in float has a weight that nothing else reads, so that it may be changed."""
-    return all(len(value.uses()) == 1 for value in (layer.weight, layer.node.inputs[1]) if value is not None)
+    values = [value for value in (layer.weight, layer.node.inputs[1]) if value is not None]
+    return all(len(value.uses()) == 1 and not value.is_graph_output() for value in values)
 
 
 def _arrival(way: Way, absorber: Absorber) -> Arrival | Refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -177,6 +178,13 @@ def test_a_gain_that_callers_may_override_is_none() -> None:
     assert isinstance(absorber(norm_group(builder)), Refusal)
 
 
+def test_the_rows_of_a_table_are_no_input_of_the_model() -> None:
+    builder = GraphBuilder()
+    x = builder.add("Gather", builder.weight(40, 64, "table"), builder.input("ids", ["b", "s"], np.int64), name="look")
+    builder.output(builder.add("MatMul", x, builder.weight(64, 8), name="reader_0"))
+    assert refusal(norm_group(builder)).reason != INPUT
+
+
 # Gated MLPs
 
 
@@ -295,7 +303,7 @@ def test_a_matmul_fed_by_an_input_of_the_model_is_refused() -> None:
     assert refusal(found) == Refusal("x", INPUT)
 
 
-def two_layers(op_type: str, **attributes: int) -> GraphBuilder:
+def two_layers(op_type: str, **attributes: Any) -> GraphBuilder:
     """x (32, 32) -> a Gemm "gemm" -> a MatMul "second"."""
     builder = GraphBuilder()
     first = builder.add(op_type, builder.input("x", [32, 32]), builder.weight(32, 32), name="gemm", **attributes)
@@ -309,7 +317,7 @@ def test_a_gemm_before_is_divided() -> None:
 
 def test_a_gemm_that_transposes_its_input_is_refused() -> None:
     found = refusal(groups_of(two_layers("Gemm", transA=1))["second/MatMul"])
-    assert found == Refusal("gemm", "Gemm comes before, which cannot be divided")
+    assert found == Refusal("gemm", "the Gemm before it is not quantised")
 
 
 def excluded(builder: GraphBuilder, pattern: str) -> Group:
@@ -396,6 +404,25 @@ def test_a_past_whose_name_does_not_pair_is_refused() -> None:
     model = renamed_past(tiny_decoder(layers=1), "past_key_values.0.value", "past_key_values.7.value")
     found = groups_of(model)["/layers.0/o_proj/MatMul"]
     assert refusal(found) == Refusal("/layers.0/value/Concat", "Concat comes before, which cannot be divided")
+
+
+def test_a_past_that_is_never_returned_is_refused() -> None:
+    model = tiny_decoder(layers=1)
+    (present,) = (value for value in model.graph.output if value.name == "present.0.value")
+    model.graph.output.remove(present)
+    found = groups_of(model)["/layers.0/o_proj/MatMul"]
+    assert refusal(found) == Refusal("/layers.0/value/Concat", "Concat comes before, which cannot be divided")
+
+
+def test_caches_that_another_model_has_begun_are_not_scaled() -> None:
+    """A decoder of one token at a time goes on with what its twin has made."""
+    model = tiny_decoder(layers=1)
+    for value in model.graph.input:
+        if value.name == "input_ids":
+            value.type.tensor_type.shape.dim[1].dim_value = 1
+    found = groups_of(model)["/layers.0/o_proj/MatMul"]
+    assert refusal(found) == Refusal("/layers.0/value/Concat", "Concat comes before, which cannot be divided")
+    assert isinstance(absorber(groups_of(model)["/layers.0/q_proj/MatMul"]), Gain)
 
 
 def test_a_concat_of_two_activations_is_no_cache() -> None:

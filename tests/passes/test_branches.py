@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,23 @@ def test_a_norm_that_a_branch_returns_is_refused(tmp_path: Path) -> None:
 def test_another_reader_in_one_branch_is_enough(tmp_path: Path) -> None:
     made = folded_both_ways(merged(extra=[make("Tanh", ["yes.normed"], ["spy"], name="spy")]), tmp_path)
     assert made.refused["no.up"] == Refusal("spy", "one weight, used twice: Tanh reads the same input")
+
+
+def test_a_value_that_branches_return_twice_is_known_by_both_names(tmp_path: Path) -> None:
+    builder = GraphBuilder()
+    builder.input("x", ["batch", "sequence", K])
+    builder.input("flag", [], np.bool_)
+    for name in ("v.w", "o.w"):
+        builder.weight(K, K, name)
+    bodies = []
+    for kind in ("then", "else"):
+        nodes = [make("MatMul", ["x", "v.w"], [f"{kind}.v"]), make("MatMul", [f"{kind}.v", "o.w"], [f"{kind}.o"])]
+        bodies.append(branch(kind, nodes, f"{kind}.o", f"{kind}.v", f"{kind}.v"))
+    node = make("If", ["flag"], ["y", "seen", "unread"], then_branch=bodies[0], else_branch=bodies[1])
+    builder.nodes.append(node)
+    for name in ("y", "seen"):
+        builder.output(name, ["batch", "sequence", K])
+    assert folded_both_ways(builder, tmp_path).divided == set()
 
 
 def test_a_reader_in_a_branch_of_a_norm_outside_is_seen(tmp_path: Path) -> None:
@@ -184,6 +201,15 @@ def test_a_branch_that_returns_the_past_as_it_came_is_refused(tmp_path: Path) ->
 # Whole runs
 
 
+def decided_by_length(builder: GraphBuilder) -> onnx.ModelProto:
+    """The model with a flag of its own: whether x has fewer than seven tokens."""
+    del builder.inputs[1]
+    dims = make("Shape", ["x"], ["dims"])
+    tokens = make("Gather", ["dims", builder.integers(1)], ["tokens"])
+    builder.nodes[:0] = [dims, tokens, make("Less", ["tokens", builder.integers(7)], ["flag"])]
+    return microsoft(builder)
+
+
 def own_weights(*, names: Sequence[str] = ("then", "else")) -> GraphBuilder:
     """Weights inside the bodies, perhaps under one name."""
     builder = GraphBuilder()
@@ -201,21 +227,21 @@ def own_weights(*, names: Sequence[str] = ("then", "else")) -> GraphBuilder:
 
 
 @pytest.mark.parametrize(
-    "builder",
+    "build",
     [
-        pytest.param(merged(), id="shared weights"),
-        pytest.param(merged(one_prefix=True), id="shared weights, the same names"),
-        pytest.param(own_weights(), id="weights of their own"),
-        pytest.param(own_weights(names=("same", "same")), id="weights of their own, the same names"),
+        pytest.param(lambda: merged(), id="shared weights"),
+        pytest.param(lambda: merged(one_prefix=True), id="shared weights, the same names"),
+        pytest.param(lambda: own_weights(), id="weights of their own"),
+        pytest.param(lambda: own_weights(names=("same", "same")), id="weights of their own, the same names"),
     ],
 )
-def test_both_branches_are_quantised(tmp_path: Path, builder: GraphBuilder) -> None:
-    model = microsoft(builder)
-    x: Array = np.random.default_rng(1).standard_normal((4, 5, K)).astype(np.float32)
-    feed = {"x": x, "flag": np.array([True] * 4)}
-    pipeline.quantize(model, tmp_path / "out.onnx", Recipe(accuracy_level=0), calibration=feed)
-    for flag in (True, False):
-        expected, actual = run(model, feed_of(flag))["y"], run(tmp_path / "out.onnx", feed_of(flag))["y"]
+def test_both_branches_are_quantised(tmp_path: Path, build: Callable[[], GraphBuilder]) -> None:
+    model = decided_by_length(build())
+    x: Array = np.random.default_rng(1).standard_normal((4, 9, K)).astype(np.float32)
+    pipeline.quantize(model, tmp_path / "out.onnx", Recipe(accuracy_level=0), calibration={"x": x[:, :5]})
+    for tokens in (5, 9):  # calibration has seen one branch only
+        feed = {"x": x[:, :tokens]}
+        expected, actual = run(model, feed)["y"], run(tmp_path / "out.onnx", feed)["y"]
         assert np.linalg.norm(actual - expected) < 0.25 * np.linalg.norm(expected)
     graph = ir.load(tmp_path / "out.onnx").graph
     assert {node.op_type for node in graph.all_nodes()} & {"MatMul", "MatMulNBits"} == {"MatMulNBits"}

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Array, GraphBuilder
+from builders import Array, GraphBuilder, run
 from folding import Folded, assert_folding_changes_nothing, microsoft
 from onnx import helper
 
+from awq_onnx import Recipe, pipeline
 from awq_onnx.passes.sites import Refusal
 
 K, HIDDEN, EXPERTS, TOKENS = 16, 24, 4, 12
@@ -90,3 +91,24 @@ def test_a_router_whose_weight_others_read_is_refused(tmp_path: Path) -> None:
     builder.output(builder.add("Transpose", "router.w", name="tied"))
     made = folded(builder, tmp_path)
     assert made.refused["expert_0/gate/MatMul"] == Refusal("router", "MatMul reads what comes before, too")
+
+
+def stacked(*, rows: int) -> GraphBuilder:
+    """x (rows, tokens, K) -> norm -> all experts in one MatMul (E, K, N)."""
+    builder = GraphBuilder()
+    x = builder.input("x", [rows, "tokens", K])
+    normed = builder.add("LayerNormalization", x, builder.constant(builder.outlier_gain(K)), name="norm")
+    weight = builder.constant(builder.rng.standard_normal((EXPERTS, K, HIDDEN)), "experts.w")
+    builder.output(builder.add("MatMul", normed, weight, name="experts"), [EXPERTS, "tokens", HIDDEN])
+    return builder
+
+
+@pytest.mark.parametrize("rows", [1, EXPERTS])
+def test_stacked_experts_are_quantised_one_by_one(tmp_path: Path, rows: int) -> None:
+    model = microsoft(stacked(rows=rows))
+    x: Array = np.random.default_rng(2).standard_normal((8, TOKENS, K)).astype(np.float32)
+    pipeline.quantize(model, tmp_path / "out.onnx", Recipe(accuracy_level=0, samples=4), calibration={"x": x})
+    feed = {"x": x[:rows]}
+    expected, actual = run(model, feed), run(tmp_path / "out.onnx", feed)
+    for name, values in expected.items():
+        assert np.linalg.norm(actual[name] - values) < 0.15 * np.linalg.norm(values)

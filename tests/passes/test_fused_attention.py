@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ def projections(builder: GraphBuilder, kv_heads: int = HEADS, *, bias: bool = Fa
     return [builder.linear(x, K, width, name, bias=bias) for name, width in zip("qkv", widths, strict=True)]
 
 
-def attend(builder: GraphBuilder, op_type: str, inputs: list[str], outputs: list[str], **attributes: int) -> None:
+def attend(builder: GraphBuilder, op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
     domain = MS if op_type != "Attention" else ""
     node = helper.make_node(op_type, inputs, outputs, name="attention", domain=domain, **attributes)
     builder.nodes.append(node)
@@ -77,9 +78,7 @@ def next_token(model: onnx.ModelProto, feed: Feed) -> Feed:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_grouped_query_attention_hands_the_scale_to_v(
-    tmp_path: Path, kv_heads: int, packed: bool, bias: bool
-) -> None:
+def test_grouped_query_attention_hands_the_scale_to_v(tmp_path: Path, kv_heads: int, packed: bool, bias: bool) -> None:
     model, feed = microsoft(grouped(kv_heads=kv_heads, packed=packed, bias=bias)), grouped_feed(kv_heads)
     made = assert_folding_changes_nothing(model, feed, tmp_path)
     assert made.divided == {"qkv/MatMul" if packed else "v/MatMul"}
@@ -123,7 +122,9 @@ def test_multi_head_attention_hands_the_scale_to_v(tmp_path: Path, bias: bool, i
     if cache:
         empty: Array = np.zeros((2, HEADS, 0, HEAD_DIM), np.float32)
         feed = {**feed, "past_key_values.0.key": empty, "past_key_values.0.value": empty}
-    made = assert_folding_changes_nothing(microsoft(multi_head(bias=bias, inner_bias=inner_bias, cache=cache)), feed, tmp_path)
+    made = assert_folding_changes_nothing(
+        microsoft(multi_head(bias=bias, inner_bias=inner_bias, cache=cache)), feed, tmp_path
+    )
     assert made.divided == {"v/MatMul"}
     assert made.caches == ({"present.0.value"} if cache else set())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def fused(builder: GraphBuilder, x: str, rows: int, columns: int, name: str) -> 
     return builder.add("FusedMatMul", x, weight, name=name, domain="com.microsoft", transB=1, alpha=0.25)
 
 
-def gemm(**options: float) -> Layer:
+def gemm(**options: Any) -> Layer:
     def layer(builder: GraphBuilder, x: str, rows: int, columns: int, name: str) -> str:
         weight = builder.weight(columns, rows) if options.get("transB") else builder.weight(rows, columns)
         bias = builder.constant(builder.rng.standard_normal(columns))

@@ -27,7 +27,8 @@ def vector(builder: GraphBuilder, name: str) -> str:
 def behind(norm: Norm, *, opset: int = 18, dtype: type = np.float32, rank: int = 3) -> GraphBuilder:
     """x -> norm -> two layers."""
     builder = GraphBuilder(opset=opset, dtype=dtype)
-    normed = norm(builder, builder.input("x", ["batch", "sequence", K][3 - rank :]))
+    dims: list[int | str] = ["batch", "sequence", K]
+    normed = norm(builder, builder.input("x", dims[3 - rank :]))
     for index in (0, 1):
         builder.output(builder.add("MatMul", normed, builder.weight(K, 8), name=f"reader_{index}", to=f"y{index}"))
     return builder
@@ -186,9 +187,7 @@ def test_a_layer_that_reads_the_sum_of_a_skip_norm_is_refused() -> None:
     builder = skip_norm(op_type="SkipLayerNormalization", bias=False, residual=True)
     builder.output(builder.add("MatMul", "sum", builder.weight(K, 8), name="other"))
     made = folded(builder, Path())
-    assert made.refused == {
-        "other": Refusal("norm", "SkipLayerNormalization comes before, which cannot be divided")
-    }
+    assert made.refused == {"other": Refusal("norm", "SkipLayerNormalization comes before, which cannot be divided")}
 
 
 def test_the_norm_of_an_embedding_is_divided(tmp_path: Path) -> None:
@@ -300,9 +299,7 @@ def test_a_float_layer_whose_weight_others_read_is_refused(tmp_path: Path) -> No
     builder = behind(layer_normalization)
     builder.output(builder.add("MatMul", "norm_output_0", builder.weight(K, 8, "shared"), name="kept"))
     builder.output(builder.add("Transpose", "shared", to="tied"))
-    made = assert_folding_changes_nothing(
-        microsoft(builder), {"x": x_of()}, tmp_path, choice=Choice(exclude=("kept",))
-    )
+    made = assert_folding_changes_nothing(microsoft(builder), {"x": x_of()}, tmp_path, choice=Choice(exclude=("kept",)))
     assert made.refused["reader_0"] == Refusal("kept", "MatMul reads the same input")
 
 

@@ -236,7 +236,7 @@ def test_a_past_that_is_no_input_of_the_model_is_no_cache() -> None:
 @given_examples(st.data())
 def test_a_move_that_keeps_its_places_keeps_them(data: st.DataObject) -> None:
     """Where `moves` is False, numpy finds channel k at place k whatever the shapes are."""
-    dims = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)) + [data.draw(st.integers(2, 4))]
+    dims = [*data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)), data.draw(st.integers(2, 4))]
     make, apply = data.draw(moves(dims))
     (step,) = steps_of(make, *dims)
     if not step.moves:
