@@ -31,6 +31,7 @@ from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.experts import split_experts
 from awq_onnx.passes.facts import facts_of
 from awq_onnx.passes.inline import inline_functions
+from awq_onnx.passes.names import Names
 from awq_onnx.passes.pointwise import write_as_matmuls
 from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
@@ -242,12 +243,13 @@ def _insert_muls(graph: ir.Graph, results: Sequence[GroupResult]) -> int:
     """A Mul on every input whose scale goes nowhere else; how many."""
     readers: dict[tuple[ir.Value, Any], list[Site]] = {}
     factors: dict[Site, codec.Float32] = {}
+    names = Names(graph)
     for result in results:
         for site in result.group.sites if result.multiplied else ():
             readers.setdefault((site.input, site.node.graph), []).append(site)
             factors[site] = np.reciprocal(result.scale)
     for (value, _), together in readers.items():
-        fold.insert_mul(graph, value, together, factors[together[0]])
+        fold.insert_mul(graph, value, together, factors[together[0]], names)
     return len(readers)
 
 

@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def has_bfloat16(proto: onnx.ModelProto) -> bool:
-    """Whether anything in the model's graphs is bfloat16."""
-    return any(_has_bfloat16(graph) for graph in _graphs(proto.graph))
+    """Whether anything in the model's graphs or functions is bfloat16."""
+    attributes = (attribute for one in proto.functions for node in one.node for attribute in node.attribute)
+    return any(_has_bfloat16(graph) for graph in _graphs(proto.graph)) or any(map(_mentions_bfloat16, attributes))
 
 
 def float32_twin(model: bytes) -> bytes:
@@ -21,7 +22,7 @@ def float32_twin(model: bytes) -> bytes:
     proto = onnx.ModelProto.FromString(model)
     if not has_bfloat16(proto):
         return model
-    for graph in list(_graphs(proto.graph)):
+    for graph in list(_graphs(proto.graph))[::-1]:  # bodies before the nodes that hold them are copied
         _widen(graph)
     for function in proto.functions:
         for node in function.node:
@@ -67,7 +68,11 @@ def _widen(graph: onnx.GraphProto) -> None:
         _widen_attributes(node)
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
+        if tensor.data_type != TensorProto.BFLOAT16:
+            continue
+        if any(tensor.name == info.name for info in graph.input):  # the default of an input
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
+        else:
             stored = f"{tensor.name}.bfloat16"
             casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
             tensor.name = stored

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from awq_onnx.passes.absorb import Vector
+from awq_onnx.passes.names import Names
 from awq_onnx.passes.sites import Site
 
 
@@ -48,11 +49,13 @@ def _typed(values: NDArray[np.float64], dtype: ir.DataType) -> ir.Tensor[Any]:
     return ir.Tensor(np.ascontiguousarray(values).astype(dtype.numpy()), dtype=dtype)
 
 
-def insert_mul(graph: ir.Graph, value: ir.Value, sites: Sequence[Site], factor: NDArray[np.float32]) -> ir.Node:
+def insert_mul(
+    graph: ir.Graph, value: ir.Value, sites: Sequence[Site], factor: NDArray[np.float32], names: Names
+) -> ir.Node:
     """Give `sites` value * factor, factor (K,), in the place of value: what is left where nothing absorbs a scale."""
     first = sites[0].node
-    name = f"{value.name}.scaled"
-    tensor = ir.Tensor(factor.astype(sites[0].dtype.numpy()), name=f"{name}.by")
+    name = names.fresh(f"{value.name}.scaled")
+    tensor = ir.Tensor(factor.astype(sites[0].dtype.numpy()), name=names.fresh(f"{name}.by"))
     constant = ir.val(tensor.name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
     graph.register_initializer(constant)
     node = ir.node("Mul", [value, constant], name=name)
@@ -76,14 +79,14 @@ def replace_constant(graph: ir.Graph, node: ir.Node, index: int, tensor: ir.Tens
         value.const_value = tensor
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         return
-    tensor.name = fresh_name(graph, f"{value.name}.{node.name or node.outputs[0].name}.scaled")
+    tensor.name = _fresh_name(graph, f"{value.name}.{node.name or node.outputs[0].name}.scaled")
     replacement = ir.val(tensor.name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
     graph.register_initializer(replacement)
     node.replace_input_with(index, replacement)
     remove_unread(value)
 
 
-def fresh_name(graph: ir.Graph, wanted: str) -> str:
+def _fresh_name(graph: ir.Graph, wanted: str) -> str:
     """`wanted`, or that with a number where an initializer has the name already."""
     names = (wanted if n == 0 else f"{wanted}.{n}" for n in count())
     return next(name for name in names if name not in graph.initializers)
