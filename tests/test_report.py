@@ -119,8 +119,8 @@ def unabsorbed(*, dtype: type = np.float32) -> onnx.ModelProto:
 
 
 def given(model: onnx.ModelProto) -> dict[str, object]:
-    x = np.random.default_rng(1).standard_normal((16, 8, 64))
-    return {"calibration": {"x": x.astype(onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type))}}  # fmt: skip
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    return {"calibration": {"x": np.random.default_rng(1).standard_normal((16, 8, 64)).astype(dtype)}}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

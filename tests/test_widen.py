@@ -74,7 +74,11 @@ def test_a_weight_that_is_a_reference_stays_one(tmp_path: Path) -> None:
 
 
 def test_a_cast_to_bfloat16_casts_to_float() -> None:
-    nodes = [make("Cast", ["x"], ["half"], to=BF16), make("Neg", ["half"], ["minus"]), make("Cast", ["minus"], ["y"], to=F32)]  # fmt: skip
+    nodes = [
+        make("Cast", ["x"], ["half"], to=BF16),
+        make("Neg", ["half"], ["minus"]),
+        make("Cast", ["minus"], ["y"], to=F32),
+    ]
     assert y_of(twin(model_of(nodes, kind=F32))) == [[-1, -2, -3], [4, -5, -6]]
 
 

@@ -30,7 +30,7 @@ from awq_onnx.store import OpenedModel
 
 Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an input of a group
 
-MASKS = ("attention_mask", "encoder_attention_mask")
+MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")
 BUDGET_BYTES = 96 << 20  # of weights and second moments in one part; a part holds at least one node
 
 

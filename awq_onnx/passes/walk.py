@@ -159,8 +159,7 @@ class Walker:
         value = way.values[-1]
         node = value.producer()
         if node is None:
-            what = "the input is an input of the model" if value.is_graph_input() else "it comes from a table"
-            return Refusal(value.name or "", what)
+            return Refusal(value.name or "", self._beginning(value))
         layer = self.sites.get(node) or self.floats.get(node)
         if layer is not None:
             if node in self.floats and not is_alone(layer):
@@ -170,6 +169,11 @@ class Walker:
             return Refusal(node_name(node), f"the {node.op_type} before it is not quantised")
         gains = _gain_vectors(node, value, self.facts)
         return _arrival(way, Gain(node, way.output or value, (*gains, *way.vectors))) if gains else None
+
+    def _beginning(self, value: ir.Value) -> str:
+        if not value.is_graph_input():
+            return "it comes from a table of constants"
+        return "the input is an input of the model" if value.graph is self.graph else "a loop carries the input"
 
     def _taken(self, way: Way, step: Step, node: ir.Node) -> Way | None:
         """The way one step on; None where a bias already met would then be in other places than its channels."""

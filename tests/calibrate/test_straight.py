@@ -150,13 +150,12 @@ def test_an_if_in_an_if_whose_condition_is_made_inside_stays_and_is_quantised(tm
     assert_quantised(builder.model(), tmp_path, layers=3)
 
 
-def test_ifs_without_layers_stay_as_they_are(tmp_path: Path) -> None:
+def test_ifs_without_layers_stay_as_they_are() -> None:
     builder = with_weights("a")
     builder.input("flag", [], np.bool_)
     made = builder.add("MatMul", "x", "a", name="layer")
-    choosing(
-        builder, "flag", body("t", [make("Abs", [made], ["abs"])], "abs"), body("e", [make("Neg", [made], ["neg"])], "neg"), "y"
-    )  # fmt: skip
+    bodies = (body(kind, [make(op, [made], [kind])], kind) for kind, op in (("then", "Abs"), ("else", "Neg")))
+    choosing(builder, "flag", *bodies, "y")
     builder.output("y", ["batch", "tokens", N])
     with open_model(builder.model()) as opened:
         made_straight = straighten(opened, make_plan(opened.model).survey, feed_of(flag=True))

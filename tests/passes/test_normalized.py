@@ -110,10 +110,10 @@ def test_a_function_before_the_norm_ends_the_search_for_one() -> None:
 
 
 def test_a_layer_that_only_gives_the_gain_of_a_norm_is_not_normalised() -> None:
-    builder, made = projected()
-    ends = builder.integers(0, 0, 0), builder.integers(1, 1, 1)
-    gain = builder.add("Squeeze", builder.add("Slice", split(builder, made), *ends))
-    builder.output(builder.add("LayerNormalization", builder.input("z", ["batch", SIZE]), gain), [])
+    builder = GraphBuilder(opset=23)
+    made = builder.linear(builder.input("x", [1, K]), K, N, "gain_proj")
+    gain = builder.add("Reshape", made, builder.integers(HEADS, SIZE))
+    builder.output(builder.add("LayerNormalization", builder.input("z", ["batch", HEADS, SIZE]), gain, axis=1), [])
     assert head_size_of(builder) is None
 
 

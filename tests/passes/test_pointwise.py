@@ -67,7 +67,8 @@ def between(middle: Middle, *, space: int = 1) -> onnx.ModelProto:
 
 
 def x_of(space: int = 1, dtype: Any = np.float32) -> dict[str, Array]:
-    return {"x": np.random.default_rng(1).standard_normal((2, TOKENS, 3, K)[: space + 1] + (K,)).astype(dtype)}
+    dims = [2, TOKENS, 3][: space + 1]
+    return {"x": np.random.default_rng(1).standard_normal((*dims, K)).astype(dtype)}
 
 
 def rewritten(model: onnx.ModelProto) -> tuple[int, onnx.ModelProto]:
@@ -131,6 +132,19 @@ def test_nodes_without_names_are_rewritten_too() -> None:
 @pytest.mark.parametrize("attributes", [{"kernel_shape": [1], "pads": [0, 0], "strides": [1], "dilations": [1]}, {}])
 def test_attributes_that_say_nothing_change_nothing(attributes: dict[str, Any]) -> None:
     assert_linear(one(**attributes))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_shapes_that_an_exporter_noted_are_not_those_of_before(space: int) -> None:
+    model = onnx.shape_inference.infer_shapes(between(relu, space=space))
+    noted = {info.name: len(info.type.tensor_type.shape.dim) for info in model.graph.value_info}
+    assert noted["first_output_0"] == space + 2
+    after = assert_linear(model, 2, space=space)
+    inferred = onnx.shape_inference.infer_shapes(after, strict_mode=True)
+    sizes = {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in inferred.graph.value_info
+    }
+    assert sizes["first_output_0"] == [0, *[0] * space, HIDDEN]  # 0: free
 
 
 def test_padding_to_the_same_size_is_none_for_a_kernel_of_one() -> None:
@@ -411,7 +425,8 @@ def test_large_weights_become_references_to_the_same_bytes(tmp_path: Path) -> No
 @pytest.mark.parametrize("space", SPACES)
 def test_convs_are_quantised_folded_and_told(tmp_path: Path, space: int) -> None:
     model = between(relu, space=space)
-    feed = {"x": np.random.default_rng(2).standard_normal((12, 6, 5, K)[: space + 1] + (K,)).astype(np.float32)}
+    dims = [12, 6, 5][: space + 1]
+    feed = {"x": np.random.default_rng(2).standard_normal((*dims, K)).astype(np.float32)}
     recipe = awq_onnx.Recipe(block_size=16, accuracy_level=0)
     report = awq_onnx.quantize(model, tmp_path / "out.onnx", recipe, calibration=feed)
     assert [(one.name, one.fold) for one in report.matmuls] == [("first", None), ("second", "MatMul")]
