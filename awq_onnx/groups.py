@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from awq_onnx.errors import WeightError
 from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.recipe import Recipe
 from awq_onnx.search import InputStatistics, Reader, Rounded, ScaleChoice, ScaleLimits
 from awq_onnx.store import OpenedModel, OutputFiles
 
@@ -79,12 +80,10 @@ def quantize_group(
     group: Group,
     channels: ChannelMap | Refusal | None,
     statistics: Mapping[str, InputStatistics],
-    fmt: Format,
+    recipe: Recipe,
     opened: OpenedModel,
     files: OutputFiles,
     names: dict[Site, str],
-    *,
-    allow_mul: bool = False,
 ) -> GroupResult:
     """Search, round, pack and write the weights of one group.
 
@@ -93,10 +92,13 @@ def quantize_group(
     """
     seen = {name: one for name, one in statistics.items() if one.tokens}
     layers = _layers(group.sites)
+    pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(group.K)
+    formats = [_format(sites, recipe) for sites in layers]
     readers = [
-        Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, group.K), sites[0].head_size)
-        for sites in layers
+        Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, pooled), sites[0].head_size, fmt)
+        for sites, fmt in zip(layers, formats, strict=True)
     ]
+    fmt = formats[0]
     absorbers = _absorbers(group, channels, seen)
     sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
     foldable = () if isinstance(absorbers, Refusal) else absorbers
@@ -109,7 +111,7 @@ def quantize_group(
     if not foldable:
         scaled, unscaled = rounded, search.round_group(readers, np.ones_like(scale), fmt)[1]
         mul_loss = search.total_loss(readers, scaled) / (search.total_loss(readers, unscaled) or 1.0)
-        multiplied = allow_mul and mul_loss < WORTH_A_MUL
+        multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
         if not multiplied:
             scale, rounded = np.ones_like(scale), unscaled
     if np.all(scale == 1):
@@ -117,8 +119,8 @@ def quantize_group(
     divided = tuple(divisor(one, sources, scale) for one in foldable)
     results = {
         site: result
-        for sites, one in zip(layers, rounded, strict=True)
-        for site, result in zip(sites, _written(sites, one, fmt, files, names), strict=True)
+        for sites, one, own in zip(layers, rounded, formats, strict=True)
+        for site, result in zip(sites, _written(sites, one, own, files, names), strict=True)
     }
     ordered = tuple(results[site] for site in group.sites)
     return GroupResult(group, choice, scale, absorbers, divided, ordered, mul_loss, multiplied)
@@ -126,17 +128,23 @@ def quantize_group(
 
 def _layers(sites: Sequence[Site]) -> list[list[Site]]:
     """The sites by their weight: those that share one are rounded once."""
-    layers: dict[tuple[ir.Value, bool, float], list[Site]] = {}
+    layers: dict[tuple[ir.Value, bool, float, ir.DataType], list[Site]] = {}
     for site in sites:
-        layers.setdefault((site.weight, site.transposed, site.factor), []).append(site)
+        layers.setdefault((site.weight, site.transposed, site.factor, site.dtype), []).append(site)
     return list(layers.values())
 
 
-def _statistics_of(sites: Sequence[Site], seen: Mapping[str, InputStatistics], K: int) -> InputStatistics:
-    """What is known of the inputs of one weight; of the whole group's where these were never seen."""
+def _format(sites: Sequence[Site], recipe: Recipe) -> Format:
+    bits = recipe.lm_head_bits if all(site.is_head for site in sites) else None
+    return Format(recipe.block_size, recipe.symmetric, np.dtype(sites[0].dtype.numpy()), bits or 4)
+
+
+def _statistics_of(
+    sites: Sequence[Site], seen: Mapping[str, InputStatistics], pooled: InputStatistics
+) -> InputStatistics:
+    """What is known of the inputs of one weight; where these were never seen, of the whole group's, and no token."""
     own = {id(one): one for site in sites if (one := seen.get(site.input.name or "")) is not None}
-    parts = list((own or seen).values())
-    return InputStatistics.merged(parts) if parts else InputStatistics.flat(K)
+    return InputStatistics.merged(list(own.values())) if own else replace(pooled, tokens=0)
 
 
 def _absorbers(
@@ -210,11 +218,9 @@ def _limits(
     tie = None if np.array_equal(sources, np.arange(sources.size)) else sources
     act_max = np.max([np.zeros(group.K, np.float32), *(one.act_max for one in seen)], axis=0)
     smallest = [
-        _smallest(absorber, sources, act_max, opened)
-        for absorber in absorbers
-        if _dtype(absorber) == ir.DataType.FLOAT16
+        _smallest(absorber, sources, act_max, opened) for absorber in absorbers if absorber.dtype == ir.DataType.FLOAT16
     ]
-    if not absorbers and group.sites[0].dtype == ir.DataType.FLOAT16:  # x / s itself, made by a Mul
+    if any(site.dtype == ir.DataType.FLOAT16 for site in group.sites):  # x / s itself
         smallest.append(act_max / LARGEST_FP16)
     return ScaleLimits(tie, np.max(smallest, axis=0) if smallest else None)
 
@@ -225,10 +231,6 @@ def _smallest(absorber: Absorber, sources: ChannelMap, act_max: Float32, opened:
     np.maximum.at(smallest, sources, np.maximum(act_max, _magnitude(absorber, opened)[sources]) / LARGEST_FP16)
     limits: Float32 = smallest[sources]
     return limits
-
-
-def _dtype(absorber: Absorber) -> ir.DataType:
-    return absorber.vectors[0].tensor.dtype if isinstance(absorber, Gain) else absorber.site.dtype
 
 
 def _magnitude(absorber: Absorber, opened: OpenedModel) -> Float32:

@@ -20,7 +20,6 @@ from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
-from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_sessions
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
@@ -108,15 +107,16 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
 
     Raises AlreadyQuantizedError, NothingToQuantizeError, RecipeError.
     """
-    notes = _brought_out(model)
+    recipe = recipe or Recipe()
+    choice = Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None)
+    notes = _brought_out(model, choice)
     quantized = sites.quantized_nodes(model.graph)
     if quantized:
         raise AlreadyQuantizedError(
             f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
             "start from the original model"
         )
-    recipe = recipe or Recipe()
-    survey = sites.survey(model, Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None))
+    survey = sites.survey(model, choice)
     _check_patterns(recipe, survey)
     if not survey.sites:
         kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
@@ -126,22 +126,22 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
     return Plan(survey, find_groups(survey), notes)
 
 
-def _brought_out(model: ir.Model) -> tuple[str, ...]:
+def _brought_out(model: ir.Model, choice: Choice) -> tuple[str, ...]:
     """Rewrite what hides linear layers; a sentence for each thing that the user will see in the graph."""
     inline_functions(model)
     separate_names(model.graph)
     convs = write_as_matmuls(model.graph)
-    stacks = split_experts(model, facts_of(model))
+    stacks = split_experts(model, facts_of(model), choice)
     notes = []
     if convs:
-        notes.append(f"{convs} Convs of kernel 1 between Transposes are linear layers; the Transposes are gone")
+        notes.append(f"{convs} 1x1 Convs were written as MatMuls, the Transposes around them removed")
     if stacks:
-        notes.append(f"{stacks} MatMuls with stacked experts are a MatMul each now, with a Split and a Concat around")
+        notes.append(f"{stacks} stacks of experts were split into a MatMul each, with a Split and a Concat around")
     return tuple(notes)
 
 
 def _check_patterns(recipe: Recipe, survey: Survey) -> None:
-    names = [site.name for site in (*survey.sites, *survey.floats)]
+    names = [site.name for site in (*survey.sites, *survey.floats)] + [one.what for one in survey.kept]
     for option, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
             if names and not any(sites.fits(name, pattern) for name in names):
@@ -167,20 +167,10 @@ def _calibrate_and_search(
     for finished in segments.collect(straight.opened, plan.groups, calibration_data.feeds, advance=progress.advance):
         while finished:
             group, statistics = finished.pop(0)
-            fmt = _format(group, recipe)
-            results.append(
-                groups.quantize_group(
-                    group, maps.get(group), statistics, fmt, opened, files, names, allow_mul=recipe.allow_mul
-                )
-            )
+            results.append(groups.quantize_group(group, maps.get(group), statistics, recipe, opened, files, names))
         opened.let_go()
     order = {group: position for position, group in enumerate(plan.groups)}
     return sorted(results, key=lambda result: order[result.group])
-
-
-def _format(group: Group, recipe: Recipe) -> Format:
-    bits = recipe.lm_head_bits if all(site.is_head for site in group.sites) else None
-    return Format(recipe.block_size, recipe.symmetric, np.dtype(group.sites[0].dtype.numpy()), bits or 4)
 
 
 def trace_channels(
@@ -202,7 +192,7 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
     scales: dict[tuple[str, bytes], ir.TensorProtocol] = {}
     for result in results:
         for site in result.sites:
-            gathers = embedding.lookups(site.site)
+            gathers = embedding.lookups(site.site) if site.site not in divided else []
             layer = rewrite.to_matmul_nbits(
                 model,
                 site.site,
@@ -264,7 +254,7 @@ def _packed(
     known: the scales that were written, by codes and divisor: layers with one weight share them.
     """
     dtype = site.site.dtype.numpy()
-    key = (site.codes.name or "", b"" if divisor is None else divisor.tobytes())
+    key = (site.codes.name or "", b"" if divisor is None else divisor.tobytes())  # codes are of one dtype
     if key not in known:
         scales = site.scales if divisor is None else site.scales / divisor
         known[key] = files.append(f"{site.name}.scales", codec.pack_scales(scales, dtype))

@@ -73,8 +73,8 @@ def help_of(name: str) -> str:
 
 
 def _one_of(name: str, value: object, choices: tuple[int | str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def _patterns(name: str, value: object) -> None:

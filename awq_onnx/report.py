@@ -180,7 +180,7 @@ def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     for reason, name in refused:
         by_reason.setdefault(reason, []).append(name)
     return [
-        f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} MatMuls, {names[0]} first: {reason}"
+        f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} layers, {names[0]} first: {reason}"
         for reason, names in by_reason.items()
     ]
 

@@ -33,6 +33,7 @@ SHRINKS = (1.0, 0.9, 0.8, 0.7)
 ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
 POLISHES = 2
 SMALLEST_SCALE = 1e-4
+QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
 IntArray = NDArray[np.int64]
 
@@ -90,9 +91,11 @@ class InputStatistics:
         if len(parts) == 1:
             return parts[0]
         tokens = sum(part.tokens for part in parts)
-        shares = [np.float32(part.tokens / max(tokens, 1)) for part in parts]
+        second_moment = np.zeros_like(parts[0].second_moment)
+        for part in parts:
+            second_moment += np.float32(part.tokens / max(tokens, 1)) * part.second_moment
         return cls(
-            np.sum([share * part.second_moment for share, part in zip(shares, parts, strict=True)], axis=0),
+            second_moment,
             _mean_of(parts),
             np.max([part.act_max for part in parts], axis=0),
             tokens,
@@ -105,12 +108,13 @@ class Reader:
 
     head_size: how many neighbouring columns are normalised together right after (q_norm, k_norm), None where that is
     not so. An error then counts relative to what such a head carries: however small that is, the norm brings it to
-    the size of all others.
+    the size of all others. fmt: its own, where the layers of one scale differ.
     """
 
     weight: Float32
     statistics: InputStatistics
     head_size: int | None = None
+    fmt: Format | None = None
 
     @cached_property
     def emphasis(self) -> Float32 | None:
@@ -118,7 +122,7 @@ class Reader:
         if self.head_size is None:
             return None
         heads = self.statistics.column_energy(self.weight).reshape(-1, self.head_size).mean(axis=1)
-        live = heads > 0
+        live = heads > heads.mean() * QUIETEST_HEAD
         factors = np.sqrt(np.divide(heads.mean(), heads, out=np.ones_like(heads), where=live))
         emphasis: Float32 = np.repeat(factors, self.head_size)
         return emphasis
@@ -205,7 +209,7 @@ def _mean_of(parts: Sequence[InputStatistics]) -> Float32:
 
 def _plain_losses(reader: Reader, scales: Sequence[Float32], fmt: Format) -> NDArray[np.float64]:
     """The estimated loss of s W on its min-max grid, for each s of `scales`: float64 (len(scales),)."""
-    weight, statistics = reader.weight, reader.statistics
+    weight, statistics, fmt = reader.weight, reader.statistics, reader.fmt or fmt
 
     def work(columns: slice) -> list[float]:
         blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
@@ -249,7 +253,7 @@ def round_group(readers: Sequence[Reader], scale: Float32, fmt: Format) -> tuple
     unscaled = np.ones_like(scale)
     rounded = [_round_weight(reader, unscaled, fmt) for reader in readers]
     return unscaled, [
-        r if r.loss <= r.plain_loss else _plainly_rounded(reader.weight, r, fmt)
+        r if r.loss <= r.plain_loss else _plainly_rounded(reader.weight, r, reader.fmt or fmt)
         for r, reader in zip(rounded, readers, strict=True)
     ]
 
@@ -261,7 +265,7 @@ def total_loss(readers: Sequence[Reader], rounded: Sequence[Rounded], *, plain: 
 
 
 def _round_weight(reader: Reader, scale: Float32, fmt: Format) -> Rounded:
-    weight, statistics = reader.weight, reader.statistics
+    weight, statistics, fmt = reader.weight, reader.statistics, reader.fmt or fmt
     K, N = weight.shape
     cost = np.divide(statistics.diagonal, np.square(scale), dtype=np.float32)
     h = codec.to_blocks(cost[:, None], fmt.block_size)  # (G, b, 1)

@@ -26,6 +26,8 @@ def float32_twin(model: bytes) -> bytes:
         _widen(graph)
     for function in proto.functions:
         for node in function.node:
+            for body in [one for attribute in node.attribute for one in _bodies(attribute)][::-1]:
+                _widen(body)
             _widen_attributes(node)
     return bytes(proto.SerializeToString())
 
@@ -34,8 +36,12 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _graphs(body)
+            yield from _bodies(attribute)
+
+
+def _bodies(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
+    for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+        yield from _graphs(body)
 
 
 def _has_bfloat16(graph: onnx.GraphProto) -> bool:
@@ -55,7 +61,7 @@ def _is_bfloat16(info: onnx.ValueInfoProto) -> bool:
 
 
 def _mentions_bfloat16(attribute: onnx.AttributeProto) -> bool:
-    if attribute.name in ("to", "dtype", "output_dtype"):
+    if attribute.name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
         return bool(attribute.i == TensorProto.BFLOAT16)
     return bool(attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16)
 

@@ -156,8 +156,8 @@ def test_the_layers_left_alone_are_told_with_the_option_that_did_it(
     assert main_exits(folder / "model.onnx", "--quiet", *QUICK, *options) == 0
     out = capsys.readouterr().out
     assert "6 MatMuls to 4 bits," in out
-    assert "6 MatMuls, /layers.0/mlp/gate_proj/MatMul first: --exclude */mlp/* names it" in out
-    assert "2 MatMuls, /layers.0/o_proj/MatMul first: --exclude *o_proj* names it" in out
+    assert "6 layers, /layers.0/mlp/gate_proj/MatMul first: --exclude */mlp/* names it" in out
+    assert "2 layers, /layers.0/o_proj/MatMul first: --exclude *o_proj* names it" in out
     assert "/lm_head/MatMul: it is the lm_head, which stays as it is" in out
 
 

@@ -59,7 +59,7 @@ def test_what_was_left_alone_is_told_with_the_option_that_says_so(tmp_path: Path
     reasons = {one.reason for one in report.kept}
     assert reasons == {"--exclude */mlp/* names it", "it is the lm_head, which stays as it is"}
     assert rows(report, "Left alone") == [
-        "6 MatMuls, /layers.0/mlp/gate_proj/MatMul first: --exclude */mlp/* names it",
+        "6 layers, /layers.0/mlp/gate_proj/MatMul first: --exclude */mlp/* names it",
         "/lm_head/MatMul: it is the lm_head, which stays as it is",
     ]
 

@@ -41,13 +41,11 @@ def trace(
             runs = {**_run(skeleton.build(model, routes, (*survey.sites, *survey.floats)), folder, feed), **runs}
         except RuntimeFailedError as error:
             failure = error
-    return {
-        group: Refusal(group.name, f"its channels could not be traced: {failure}")
-        if failure is not None and any(route.needs_tracing for route in group.routes)
-        else _common_map(group, group.routes, runs)
-        for group in groups
-        if not isinstance(group.routes, Refusal)
-    }
+    maps = {g: _common_map(g, g.routes, runs) for g in groups if not isinstance(g.routes, Refusal)}
+    if failure is None:
+        return maps
+    refusal = f"its channels could not be traced: {failure}"
+    return {g: Refusal(g.name, refusal) if isinstance(one, Refusal) else one for g, one in maps.items()}
 
 
 def _run(built: skeleton.Skeleton, folder: Path, feed: Feed) -> Runs:
@@ -100,7 +98,10 @@ def _common_map(group: Group, routes: Sequence[Route], runs: Runs) -> ChannelMap
     if first is None or any(found is None for found in maps):
         return Refusal(routes[0].absorber.name, "its channels do not arrive at the input one by one")
     if not all(found is not None and np.array_equal(first, found) for found in maps):
-        return Refusal(routes[0].absorber.name, "its channels arrive in another order at every layer that shares them")
+        return Refusal(
+            routes[0].absorber.name,
+            "the layers behind it read its channels in different orders, so they cannot share a scale",
+        )
     if any(_meets(route, first, runs) for route in routes):
         return Refusal(routes[0].absorber.name, "something else reads the channels that would be divided")
     return first

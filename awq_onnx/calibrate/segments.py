@@ -68,7 +68,7 @@ def collect(
         share = len(part.nodes) / max(nodes, 1) / len(values)
         made = _run_part(opened, part, values, lambda share=share: advance(share))  # type: ignore[misc]
         for group, names in missing.items():
-            known[group].update((name, made[name]) for name in names & made.keys())
+            known[group].update((name, one) for name, one in made.items() if name in names)
             names.difference_update(made)
         made.clear()
         finished = [group for group, names in missing.items() if not names]
@@ -131,7 +131,7 @@ def cut(graph: ir.Graph, groups: Sequence[Group], budget_bytes: int) -> list[Par
     known = {value.name or "" for value in graph.inputs}
     for stop in _cuts(nodes, last_read, dict(waiting), budget_bytes):
         run = nodes[start:stop]
-        made = [output.name or "" for node in run for output in node.outputs]
+        made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
         read = dict.fromkeys(name for node in run for name in reads(node) if name not in made)
         taps = {name: waiting.pop(name) for name in list(waiting) if name in made or name in known}
         later = {name for name in made if last_read.get(name, -1) >= stop}

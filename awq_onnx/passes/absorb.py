@@ -88,7 +88,9 @@ def _group(value: ir.Value, walker: Walker, grouped: set[ir.Value]) -> Group:
         found: Arrival | Group | Refusal = end
         if isinstance(end, Arrival):
             others = walker.arrivals[end.absorber.output]
-            members = {**{one: way for one, way in others.items() if one not in grouped}, value: end}
+            width = walker.width(value)
+            alike = {one: way for one, way in others.items() if one not in grouped and walker.width(one) == width}
+            members = {**alike, value: end}
             found = _divided(members, walker)
         if isinstance(found, Group):
             return found

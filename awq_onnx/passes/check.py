@@ -18,7 +18,7 @@ from awq_onnx.passes.sites import LAYER_OPS, node_name
 class Outline:
     """What a rewrite must not change: the names of inputs and outputs, and how often each op stands in the graph.
 
-    layers: linear ones, without those that only make constants: these may go with what read them.
+    Nodes that only make constants do not count: they may go with what read them. layers: how many are linear.
     """
 
     inputs: tuple[str | None, ...]
@@ -28,11 +28,12 @@ class Outline:
 
 
 def outline_of(graph: ir.Graph) -> Outline:
+    ops = Counter(node.op_type for node in all_nodes(graph) if not is_computed(node.outputs[0]))
     return Outline(
         tuple(value.name for value in graph.inputs),
         tuple(value.name for value in graph.outputs),
-        Counter(node.op_type for node in all_nodes(graph)),
-        sum(node.op_type in LAYER_OPS and not is_computed(node.outputs[0]) for node in all_nodes(graph)),
+        ops,
+        sum(ops[op] for op in LAYER_OPS),
     )
 
 

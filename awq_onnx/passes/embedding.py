@@ -22,7 +22,9 @@ from awq_onnx.passes.sites import Site, is_view
 
 
 def lookups(site: Site) -> list[ir.Node]:
-    """The Gathers that look up rows of the weight of `site`, where it is seen as (V, D)."""
+    """The Gathers that look up rows of just the weight of `site`, where it is seen as (V, D)."""
+    if site.factor != 1 or site.tensor.dtype != site.dtype:
+        return []
     return list(_row_lookups(site.weight, site.transposed))
 
 
@@ -40,7 +42,7 @@ def _row_lookups(value: ir.Value, rows_are_tokens: bool) -> Iterator[ir.Node]:
 
 
 def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> Counter[str]:
-    """Let `gathers` look up the packed weight of `layer`, a MatMulNBits; the nodes that were added for it, by op.
+    """Let `gathers` look up the packed weight of `layer`, a MatMulNBits; the nodes that were added and run, by op.
 
     Where a row does not fill its blocks the layouts differ, and the table stays.
     """
@@ -60,7 +62,7 @@ def share(model: ir.Model, layer: ir.Node, gathers: list[ir.Node]) -> Counter[st
         zero_points = _constant(graph, f"{codes.name}.middle", codec.pack_zero_points(middle, bits))
     for gather in gathers:
         _replace(gather, [rows.outputs[0], gather.inputs[1], scales, zero_points], bits, block_size)
-    return Counter({"Reshape": 1, "GatherBlockQuantized": len(gathers)})
+    return Counter({"GatherBlockQuantized": len(gathers)})
 
 
 def _constant(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:

@@ -17,15 +17,18 @@ from awq_onnx.passes.fold import remove_unread
 from awq_onnx.passes.names import Names
 from awq_onnx.passes.pointwise import reshaped
 from awq_onnx.passes.rewrite import take_over
+from awq_onnx.passes.sites import QUANTIZABLE_DTYPES, Choice, node_name
 
 OLDEST_OPSET = 13  # of Split with its sizes as an input
 
 
-def split_experts(model: ir.Model, facts: Facts) -> int:
-    """Split every such MatMul whose x is known to have three axes, the first of E or 1; how many that were."""
+def split_experts(model: ir.Model, facts: Facts, choice: Choice | None = None) -> int:
+    """Split every such MatMul that is chosen and whose x is known to have three axes, the first of E or 1; how many."""
     if facts.opsets.get("", 0) < OLDEST_OPSET:
         return 0
     nodes = [n for n in all_nodes(model.graph) if n.op_type == "MatMul" and n.domain in STANDARD_DOMAINS]
+    if choice is not None:
+        nodes = [node for node in nodes if choice.refuses(node_name(node)) is None]
     splitter = _Splitter(model.graph, facts)
     return sum(splitter.split(node) for node in nodes)
 
@@ -45,7 +48,12 @@ class _Splitter:
             return False
         experts = int(tensor.shape.numpy()[0])
         holder = node.graph
-        if not tensor.size or shape[0] not in (1, experts) or not isinstance(holder, ir.Graph):
+        if (
+            tensor.dtype not in QUANTIZABLE_DTYPES
+            or not tensor.size
+            or shape[0] not in (1, experts)
+            or not isinstance(holder, ir.Graph)
+        ):
             return False
         name = node.name or node.outputs[0].name or ""
         new: list[ir.Node] = []

@@ -20,6 +20,7 @@ QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataT
 # What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature, probabilities.
 AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"})
 AFTER_HEAD |= {"Softmax", "LogSoftmax"}
+NO_TOKENS = frozenset({"position_ids", "token_type_ids"})
 # What may stand between a router of experts and the TopK that chooses them.
 AFTER_ROUTER = frozenset({"Cast", "Identity", "Add", "Reshape", "Softmax", "Sigmoid", "Unsqueeze", "Squeeze"})
 # Nodes with the weights of linear layers inside, that cannot become MatMulNBits as they are: op -> input, what it is.
@@ -281,15 +282,24 @@ def is_view(value: ir.Value) -> bool:
 
 
 def _embedding_rows(graph: ir.Graph) -> set[int]:
-    """How many rows the embedding tables have: one of them is the vocabulary, if the model has one."""
-    tables = [constant(node.inputs[0]) for node in all_nodes(graph) if node.op_type == "Gather"]
+    """How many rows the tables have that tokens look up: one of them is the vocabulary, if the model has one."""
+    nodes = [node for node in all_nodes(graph) if node.op_type == "Gather" and _is_token(node.inputs[1])]
+    tables = [constant(node.inputs[0]) for node in nodes]
     return {int(table.shape.numpy()[0]) for table in tables if table is not None and len(table.shape) == 2}
+
+
+def _is_token(index: ir.Value | None) -> bool:
+    """Whether an index is an input of the model, other than positions and segments."""
+    while index is not None and not index.is_graph_input():
+        node = index.producer()
+        index = node.inputs[0] if node is not None and node.op_type in ("Cast", "Reshape", "Identity") else None
+    return index is not None and index.name not in NO_TOKENS
 
 
 def _why_left(site: Site, choice: Choice) -> str | None:
     if site.is_head and not choice.head:
         return "it is the lm_head, which stays as it is"
-    if any(reader.op_type == "TopK" for reader in _followers(site.output, AFTER_ROUTER)):
+    if any(_chooses(reader) for reader in _followers(site.output)):
         return "it chooses experts: a router stays as it is"
     return None
 
@@ -311,12 +321,22 @@ def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, Sequence
     return site.N in vocabulary or "logits" in (value.name or "")
 
 
-def _followers(value: ir.Value, through: frozenset[str]) -> Iterator[ir.Node]:
-    """The nodes that read `value`, and what they make, through steps of `through`."""
-    for node in value.consumers():
-        yield node
-        if node.op_type in through:
-            yield from _followers(node.outputs[0], through)
+def _followers(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that read `value`, and what they make, through steps of `AFTER_ROUTER`."""
+    waiting, seen = [value], {value}
+    while waiting:
+        for node in waiting.pop().consumers():
+            yield node
+            others = [other for other in node.inputs if other not in seen]
+            carries = node.op_type in AFTER_ROUTER and all(is_computed(other) for other in others if other is not None)
+            if carries and node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                waiting.append(node.outputs[0])
+
+
+def _chooses(node: ir.Node) -> bool:
+    """Whether a TopK chooses what the model does next, and is no answer of the model."""
+    return node.op_type == "TopK" and any(output.uses() for output in node.outputs)
 
 
 def node_name(node: ir.Node) -> str:

@@ -2,7 +2,7 @@
 
 Between v_proj and o_proj exporters reshape, transpose, repeat and concatenate in ways of their own. Rather than
 recognising each, the graph itself is asked: every linear layer is replaced by ones of the shape it would have made,
-and what an absorber makes by a vector that the caller chooses ("drive"). The steps of the walk in absorb.py only
+and what an absorber makes by a vector that the caller chooses ("drive"). The steps of the walk (steps.py) only
 carry channels and multiply them, so what arrives at channel k of the input is a factor, which does not depend on the
 drive, times drive[n]. That tells n. No weight is read: it runs in an instant.
 """
@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from awq_onnx.passes.absorb import Absorber, Gain, Group, Route
+from awq_onnx.passes.absorb import Absorber, Group, Route
 from awq_onnx.passes.sites import Refusal, Site
 from awq_onnx.passes.steps import attention_op
 
@@ -45,7 +45,7 @@ def traced_routes(groups: Iterable[Group]) -> list[Route]:
 
 
 def drive_name(absorber: Absorber) -> str:
-    return f"awq_onnx.drive.{absorber.channels}.{_dtype(absorber).name}"
+    return f"awq_onnx.drive.{absorber.channels}.{absorber.dtype.name}"
 
 
 def build(model: onnx.ModelProto, routes: Sequence[Route], layers: Iterable[Site]) -> Skeleton:
@@ -62,7 +62,7 @@ def build(model: onnx.ModelProto, routes: Sequence[Route], layers: Iterable[Site
     _drop_inner_biases(nodes, routes)
     made = {name for node in nodes for name in node.output}
     outputs = _outputs(routes, made)
-    drives = {drive_name(a): (a.channels, _dtype(a)) for a in driven.values()}
+    drives = {drive_name(a): (a.channels, a.dtype) for a in driven.values()}
     _replace(model.graph, leading_to(nodes, outputs), outputs, drives)
     return Skeleton(model, drives, outputs)
 
@@ -87,10 +87,6 @@ def _replace(
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-
-
-def _dtype(absorber: Absorber) -> ir.DataType:
-    return absorber.vectors[0].tensor.dtype if isinstance(absorber, Gain) else absorber.site.dtype
 
 
 def _ones(site: Site) -> list[onnx.NodeProto]:

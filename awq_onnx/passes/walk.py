@@ -62,6 +62,10 @@ class Gain:
     def channels(self) -> int:
         return self.vectors[0].tensor.size
 
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.vectors[0].tensor.dtype
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -81,6 +85,10 @@ class Linear:
     @property
     def channels(self) -> int:
         return self.site.N
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.site.dtype
 
 
 Absorber: TypeAlias = Gain | Linear
@@ -126,6 +134,7 @@ class Walker:
         self.floats = {site.node: site for site in survey.floats}
         self.branch_outputs = branch_outputs(survey.graph)
         self.own_caches = _makes_its_caches(survey.graph)
+        self._widths = {site.input: site.K for site in survey.sites}
         self.ends: dict[ir.Value, list[Arrival | Refusal]] = {}
         self.arrivals: dict[ir.Value, dict[ir.Value, Arrival]] = {}  # absorber's output -> input -> its first way
         for site in survey.sites:
@@ -207,6 +216,10 @@ class Walker:
                 found[value] = None
                 waiting.extend(self.branch_outputs.get(value, ()))
         return list(found)
+
+    def width(self, value: ir.Value) -> int:
+        """The channels of an input."""
+        return self._widths[value]
 
     def is_cache(self, output: str) -> bool:
         return self.own_caches and any(is_cache_pair(past, output) for past in self.graph.inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from builders import Array, decoder_feed, run, save, tiny_decoder
+from builders import Array, GraphBuilder, decoder_feed, run, save, tiny_decoder
 from onnx import helper, numpy_helper
 
 import awq_onnx
@@ -218,3 +218,18 @@ def test_eight_bits_of_the_head_are_nearer_than_four(tmp_path: Path) -> None:
         next(one.error for one in quantized(model, tmp_path, bits)[0].matmuls if "lm_head" in one.name) for bits in BITS
     ]
     assert errors[0] < errors[1] / 8
+
+
+def test_a_head_with_a_factor_leaves_the_table_to_the_embedding(tmp_path: Path) -> None:
+    """Its packed weight is the table times the factor: looked up there, every embedding would be wrong."""
+    builder = GraphBuilder()
+    table = builder.constant(builder.rng.standard_normal((VOCABULARY, K)), "table")
+    x = builder.add("Gather", table, builder.input("input_ids", ["b", "s"], np.int64), name="look", to="seen")
+    builder.output(x, ["b", "s", K])
+    normed = builder.add("Reshape", builder.rms_norm(x, K, "norm"), builder.integers(-1, K))
+    builder.output(builder.add("Gemm", normed, table, name="head", to="logits", alpha=0.125, transB=1))
+    ids = np.arange(12).reshape(2, 6)
+    out = tmp_path / "out.onnx"
+    model = builder.model()
+    awq_onnx.quantize(model, out, awq_onnx.Recipe(lm_head="8", samples=2, sequence_length=8))
+    np.testing.assert_array_equal(run(out, {"input_ids": ids})["seen"], run(model, {"input_ids": ids})["seen"])

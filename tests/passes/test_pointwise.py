@@ -430,7 +430,7 @@ def test_convs_are_quantised_folded_and_told(tmp_path: Path, space: int) -> None
     recipe = awq_onnx.Recipe(block_size=16, accuracy_level=0)
     report = awq_onnx.quantize(model, tmp_path / "out.onnx", recipe, calibration=feed)
     assert [(one.name, one.fold) for one in report.matmuls] == [("first", None), ("second", "MatMul")]
-    assert report.notes == ("2 Convs of kernel 1 between Transposes are linear layers; the Transposes are gone",)
+    assert report.notes == ("2 1x1 Convs were written as MatMuls, the Transposes around them removed",)
     expected, actual = run(model, feed)["y"], run(tmp_path / "out.onnx", feed)["y"]
     assert 0 < np.linalg.norm(actual - expected) < 0.12 * np.linalg.norm(expected)
     ops = op_types(onnx.load(tmp_path / "out.onnx"))

@@ -425,8 +425,15 @@ def router(between: Callable[[GraphBuilder, str], str]) -> GraphBuilder:
     logits = builder.add("MatMul", builder.input("x", ["rows", K]), builder.weight(K, 4), name="router")
     node = helper.make_node("TopK", [between(builder, logits), builder.integers(2)], ["shares", "chosen"])
     builder.nodes.append(node)
-    builder.output("chosen", dtype=np.int64)
+    builder.output(builder.cast("chosen", np.int32, "what the model does with it"), dtype=np.int32)
     return builder
+
+
+def test_a_layer_whose_largest_numbers_are_the_answer_is_no_router() -> None:
+    builder = router(lambda _, x: x)
+    del builder.nodes[-1], builder.outputs[-1]
+    builder.output("chosen", dtype=np.int64)
+    assert names(surveyed(builder)) == ["router"]
 
 
 @pytest.mark.parametrize(

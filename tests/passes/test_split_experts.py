@@ -218,6 +218,6 @@ def test_stacked_experts_are_quantised_and_told(tmp_path: Path, turned: bool) ->
     feed = x_of(E, 40, K)
     report = awq_onnx.quantize(model, tmp_path / "out.onnx", awq_onnx.Recipe(accuracy_level=0), calibration=feed)
     assert [one.name for one in report.matmuls] == [f"experts.{index}" for index in range(E)]
-    assert report.notes == ("1 MatMuls with stacked experts are a MatMul each now, with a Split and a Concat around",)
+    assert report.notes == ("1 stacks of experts were split into a MatMul each, with a Split and a Concat around",)
     expected, actual = run(model, feed)["y"], run(tmp_path / "out.onnx", feed)["y"]
     assert 0 < np.linalg.norm(actual - expected) < 0.12 * np.linalg.norm(expected)
