@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from awq_onnx import groups
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32
 from awq_onnx.passes import fold
-from awq_onnx.passes.absorb import Group, Linear
-from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.passes.absorb import Group
+from awq_onnx.passes.sites import Refusal
 from awq_onnx.store import OpenedModel
 
 SPREAD = np.float32(np.e)  # scales lie between 1 / e and e: a channel that is forgotten shows
@@ -25,26 +26,16 @@ def fold_random_scales(
     maps: as from `channels.trace`.
     """
     rng = np.random.default_rng(seed)
-    rows: dict[Site, Float32] = {}
-    columns: dict[Site, Float32] = {}
-    folded = []
+    foldings = []
     for group in plan:
         channels = maps.get(group)
-        if isinstance(group.routes, Refusal) or not isinstance(channels, np.ndarray):
-            continue
-        scale = _random_scale(channels, rng)
-        for route in group.routes:
-            divisor = groups.divisor(route.absorber, channels, scale)
-            for vector in route.absorber.vectors:
-                fold.divide_vector(opened.model.graph, vector, divisor)
-            if isinstance(route.absorber, Linear):
-                columns[route.absorber.site] = divisor
-        rows.update((site, scale) for site in (*group.sites, *group.compensated))
-        folded.append(group)
-    for layer in {**rows, **columns}:
-        weight = groups.read_weight(layer, opened)
-        fold.rescale_layer(opened.model.graph, layer, weight, rows.get(layer), columns.get(layer))
-    return folded
+        if not isinstance(group.routes, Refusal) and isinstance(channels, np.ndarray):
+            scale = _random_scale(channels, rng)
+            absorbers = [route.absorber for route in group.routes]
+            divided = tuple((one, groups.divisor(one, channels, scale)) for one in absorbers)
+            foldings.append(fold.Folding(group, scale, divided))
+    fold.fold_scales(opened.model.graph, foldings, partial(groups.read_weight, opened=opened))
+    return [folding.group for folding in foldings]
 
 
 def _random_scale(channels: ChannelMap, rng: np.random.Generator) -> Float32:

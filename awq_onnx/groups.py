@@ -109,11 +109,12 @@ def quantize_group(
     scale, rounded = search.round_group(readers, choice.scale, fmt)
     mul_loss, multiplied = None, False
     if not foldable:
-        scaled, unscaled = rounded, search.round_group(readers, np.ones_like(scale), fmt)[1]
+        unit = np.ones_like(scale)
+        scaled, unscaled = rounded, rounded if np.all(scale == 1) else search.round_group(readers, unit, fmt)[1]
         mul_loss = search.total_loss(readers, scaled) / (search.total_loss(readers, unscaled) or 1.0)
         multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
         if not multiplied:
-            scale, rounded = np.ones_like(scale), unscaled
+            scale, rounded = unit, unscaled
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
     divided = tuple(divisor(one, sources, scale) for one in foldable)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, Recip
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.meter import Meter
 from awq_onnx.passes import check, embedding, fold, rewrite, sites
-from awq_onnx.passes.absorb import Group, Linear, find_groups
+from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.experts import split_experts
 from awq_onnx.passes.facts import facts_of
@@ -209,24 +210,14 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
 
 
 def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
-    """Divide gains and biases, rescale float layers; what the columns of each site have to be divided by."""
-    graph = opened.model.graph
-    rows: dict[Site, codec.Float32] = {}
-    columns: dict[Site, codec.Float32] = {}
-    for result in results:
-        if isinstance(result.folded, Refusal) or np.all(result.scale == 1):
-            continue  # nothing to divide, or a Mul does it
-        for absorber, divisor in zip(result.folded, result.divided, strict=True):
-            for vector in absorber.vectors:
-                fold.divide_vector(graph, vector, divisor)
-            if isinstance(absorber, Linear):
-                columns[absorber.site] = divisor
-        rows.update((layer, result.scale) for layer in result.group.compensated)
-    quantized = {site for result in results for site in result.group.sites}
-    for layer in [layer for layer in {**rows, **columns} if layer not in quantized]:
-        weight = groups.read_weight(layer, opened)
-        fold.rescale_layer(graph, layer, weight, rows.get(layer), columns.get(layer))
-    return columns
+    """Fold every scale that is not 1 and goes somewhere; what the columns of each layer have to be divided by."""
+    foldings = [
+        fold.Folding(one.group, one.scale, tuple(zip(one.folded, one.divided, strict=True)))
+        for one in results
+        if not isinstance(one.folded, Refusal) and not np.all(one.scale == 1)
+    ]
+    quantized = {site for one in results for site in one.group.sites}
+    return fold.fold_scales(opened.model.graph, foldings, partial(groups.read_weight, opened=opened), quantized)
 
 
 def _insert_muls(graph: ir.Graph, results: Sequence[GroupResult]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from builders import Array, GraphBuilder, run
 from onnx import helper
 
 from awq_onnx.calibrate import channels
-from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.straight import straighten
-from awq_onnx.passes import fold
-from awq_onnx.passes.absorb import Group, Linear, find_groups
+from awq_onnx.exact import fold_random_scales
+from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.inline import inline_functions
-from awq_onnx.passes.sites import Choice, Refusal, Site, Survey, survey
+from awq_onnx.passes.sites import Choice, Refusal, survey
 from awq_onnx.store import open_model
 
 Feed = dict[str, Array]
@@ -57,50 +56,19 @@ def folded_at_random(
         straight = straighten(opened, found, feed)
         models = [ir.to_proto(straight.opened.model), *([straight.others] if straight.others is not None else [])]
         maps = channels.trace(models, folder, groups, found, feed)
-        return _folded(opened.model, found, groups, maps, np.random.default_rng(seed))
-
-
-def _folded(
-    model: ir.Model,
-    found: Survey,
-    groups: Sequence[Group],
-    maps: Mapping[Group, ChannelMap | Refusal],
-    rng: np.random.Generator,
-) -> Folded:
-    rows: dict[Site, Array] = {}
-    columns: dict[Site, Array] = {}
-    divided, caches, refused = set[str](), set[str](), dict[str, Refusal]()
-    for group in groups:
-        sources = group.routes if isinstance(group.routes, Refusal) else maps[group]
-        if isinstance(sources, Refusal):
-            refused[group.name] = sources
-            continue
-        assert not isinstance(group.routes, Refusal)
-        scale = np.exp(rng.standard_normal(int(sources.max()) + 1)).astype(np.float32)[sources]  # (K,)
-        for route in group.routes:
-            divisor = np.ones(route.absorber.channels, np.float32)
-            divisor[sources] = scale
-            for vector in route.absorber.vectors:
-                fold.divide_vector(model.graph, vector, divisor)
-            if isinstance(route.absorber, Linear):
-                assert route.absorber.site not in columns
-                columns[route.absorber.site] = divisor
-            divided.add(route.absorber.name)
-        for layer in (*group.sites, *group.compensated):
-            assert layer not in rows
-            rows[layer] = scale
-        caches.update(group.caches)
-    for layer in (*found.sites, *found.floats):
-        if layer in rows or layer in columns:
-            fold.rescale_layer(model.graph, layer, weight_of(layer), rows.get(layer), columns.get(layer))
-    return Folded(ir.to_proto(model), {group.name: group for group in groups}, divided, caches, refused)
-
-
-def weight_of(site: Site) -> Array:
-    """W as the pipeline reads it, float32 (K, N)."""
-    stored = site.tensor.numpy()
-    weight: Array = (stored.T if site.transposed else stored).astype(np.float32) * np.float32(site.factor)
-    return weight
+        refused = {
+            group.name: why
+            for group in groups
+            if isinstance(why := group.routes if isinstance(group.routes, Refusal) else maps[group], Refusal)
+        }
+        done = fold_random_scales(opened, groups, maps, seed)
+        return Folded(
+            ir.to_proto(opened.model),
+            {group.name: group for group in groups},
+            {route.absorber.name for group in done for route in group.routes},
+            {name for group in done for name in group.caches},
+            refused,
+        )
 
 
 def assert_close(actual: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float = 2e-5) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -155,3 +156,22 @@ def _folder(nodes: list[ir.Node]) -> Path:
     """Where the references point to: one folder for all of a model (see `store`)."""
     folders = [tensor.base_dir for _, tensor in _leaves(nodes) if isinstance(tensor, ir.ExternalTensor)]
     return Path(folders[0] if folders else ".")
+
+
+def reshaped(tensor: ir.TensorProtocol, dims: tuple[int, ...], offset_bytes: int = 0) -> ir.TensorProtocol:
+    """The same numbers, or a run of them, in another shape; a reference into a file stays one."""
+    if isinstance(tensor, ir.ExternalTensor):
+        shape = ir.Shape(dims)
+        size_bytes = tensor.nbytes * int(np.prod(dims)) // max(tensor.size, 1)
+        return ir.ExternalTensor(
+            tensor.location,
+            (tensor.offset or 0) + offset_bytes,
+            size_bytes,
+            tensor.dtype,
+            shape=shape,
+            name=tensor.name or "",
+            base_dir=tensor.base_dir,
+        )
+    values = tensor.numpy()
+    start = offset_bytes // values.itemsize
+    return ir.Tensor(values.reshape(-1)[start : start + int(np.prod(dims))].reshape(dims), dtype=tensor.dtype)

@@ -11,11 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from awq_onnx.passes.bodies import all_nodes
-from awq_onnx.passes.constants import STANDARD_DOMAINS, constant, is_computed
+from awq_onnx.passes.constants import STANDARD_DOMAINS, constant, is_computed, reshaped
 from awq_onnx.passes.facts import Facts
 from awq_onnx.passes.fold import remove_unread
 from awq_onnx.passes.names import Names
-from awq_onnx.passes.pointwise import reshaped
 from awq_onnx.passes.rewrite import take_over
 from awq_onnx.passes.sites import QUANTIZABLE_DTYPES, Choice, node_name
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -10,9 +11,44 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx.passes.absorb import Vector
+from awq_onnx.passes.absorb import Absorber, Group, Linear, Vector
 from awq_onnx.passes.names import Names
 from awq_onnx.passes.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """A scale and where it goes: float32 (K,) as the inputs of `group` see it, and (channels,) for each absorber."""
+
+    group: Group
+    scale: NDArray[np.float32]
+    divided: tuple[tuple[Absorber, NDArray[np.float32]], ...]
+
+
+def fold_scales(
+    graph: ir.Graph,
+    foldings: Iterable[Folding],
+    read_weight: Callable[[Site], NDArray[np.float32]],
+    packed: Container[Site] = (),
+) -> dict[Site, NDArray[np.float32]]:
+    """Divide gains and biases, and change every layer that a scale concerns; what its columns were divided by.
+
+    read_weight: the weight (K, N) of a layer. packed: layers whose codes know of their scale already: they are not
+    changed here, and their columns are still to be divided.
+    """
+    rows: dict[Site, NDArray[np.float32]] = {}
+    columns: dict[Site, NDArray[np.float32]] = {}
+    for folding in foldings:
+        for absorber, divisor in folding.divided:
+            for vector in absorber.vectors:
+                divide_vector(graph, vector, divisor)
+            if isinstance(absorber, Linear):
+                columns[absorber.site] = divisor
+        rows.update((layer, folding.scale) for layer in (*folding.group.sites, *folding.group.compensated))
+    for layer in {**rows, **columns}:
+        if layer not in packed:
+            rescale_layer(graph, layer, read_weight(layer), rows.get(layer), columns.get(layer))
+    return columns
 
 
 def divide_vector(graph: ir.Graph, vector: Vector, scale: NDArray[np.float32]) -> None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from awq_onnx.passes.bodies import all_nodes
-from awq_onnx.passes.constants import STANDARD_DOMAINS, constant
+from awq_onnx.passes.constants import STANDARD_DOMAINS, constant, reshaped
 from awq_onnx.passes.fold import remove_unread
 from awq_onnx.passes.names import Names
 from awq_onnx.passes.rewrite import take_over
@@ -180,22 +179,3 @@ def _linear(
     yield product
     if bias is not None:
         yield ir.node("Add", [product.outputs[0], bias], name=names.fresh(f"{name}.bias"))
-
-
-def reshaped(tensor: ir.TensorProtocol, dims: tuple[int, ...], offset_bytes: int = 0) -> ir.TensorProtocol:
-    """The same numbers, or a run of them, in another shape; a reference into a file stays one."""
-    if isinstance(tensor, ir.ExternalTensor):
-        shape = ir.Shape(dims)
-        size_bytes = tensor.nbytes * int(np.prod(dims)) // max(tensor.size, 1)
-        return ir.ExternalTensor(
-            tensor.location,
-            (tensor.offset or 0) + offset_bytes,
-            size_bytes,
-            tensor.dtype,
-            shape=shape,
-            name=tensor.name or "",
-            base_dir=tensor.base_dir,
-        )
-    values = tensor.numpy()
-    start = offset_bytes // values.itemsize
-    return ir.Tensor(values.reshape(-1)[start : start + int(np.prod(dims))].reshape(dims), dtype=tensor.dtype)
