@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx import codec, search
+from awq_onnx import codec, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
 from awq_onnx.errors import WeightError
@@ -17,7 +18,9 @@ from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
 from awq_onnx.recipe import Recipe
-from awq_onnx.search import InputStatistics, Reader, Rounded, ScaleChoice, ScaleLimits
+from awq_onnx.rounding import Rounded
+from awq_onnx.search import Reader, ScaleChoice, ScaleLimits
+from awq_onnx.statistics import InputStatistics
 from awq_onnx.store import OpenedModel, OutputFiles
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
@@ -30,7 +33,7 @@ class SiteResult:
     """One layer, its weight rounded. name: of its tensors. codes, zero_points: written already, and shared by layers
     with one weight. scales (G, N): kept, since a fold may divide them.
 
-    loss, plain_loss, energy: see `search.Rounded`.
+    loss, plain_loss, energy: see `rounding.Rounded`.
     """
 
     site: Site
@@ -50,7 +53,7 @@ class GroupResult:
 
     scale: float32 (K,), of the inputs. folded: where it went, or why it could go nowhere. divided: what to divide each
     absorber's channels by, float32 (channels,), one for each of `folded`. mul_loss: where nothing absorbs the scale,
-    the loss with one, divided at run time, over the loss without. multiplied: whether that is done.
+    the loss with a Mul for it over the loss without, None where that was not worth trying. multiplied: whether it is.
     """
 
     group: Group
@@ -84,11 +87,13 @@ def quantize_group(
     opened: OpenedModel,
     files: OutputFiles,
     names: dict[Site, str],
+    *,
+    random: bool = False,
 ) -> GroupResult:
     """Search, round, pack and write the weights of one group.
 
     channels: the absorber's channel behind each channel of the inputs; None or a Refusal where nothing absorbs.
-    statistics: of the inputs that calibration has run, by name.
+    statistics: of the inputs that calibration has run, by name. random: on noise.
     """
     seen = {name: one for name, one in statistics.items() if one.tokens}
     layers = _layers(group.sites)
@@ -106,15 +111,17 @@ def quantize_group(
         choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
     else:
         choice = search.search_scale(readers, fmt, _limits(group, foldable, sources, seen.values(), opened))
-    scale, rounded = search.round_group(readers, choice.scale, fmt)
+    round_with = partial(rounding.round_group, readers, fmt=fmt, random=random)
     mul_loss, multiplied = None, False
-    if not foldable:
-        unit = np.ones_like(scale)
-        scaled, unscaled = rounded, rounded if np.all(scale == 1) else search.round_group(readers, unit, fmt)[1]
-        mul_loss = search.total_loss(readers, scaled) / (search.total_loss(readers, unscaled) or 1.0)
-        multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
-        if not multiplied:
-            scale, rounded = unit, unscaled
+    if foldable:
+        scale, rounded = round_with(choice.scale)
+    else:
+        scale, rounded = round_with(np.ones_like(choice.scale))
+        if choice.gain < WORTH_A_MUL:  # of plain rounding: what refits and compensates gains less
+            divided_by, scaled = round_with(choice.scale)
+            mul_loss = rounding.total_loss(readers, scaled) / (rounding.total_loss(readers, rounded) or 1.0)
+            multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
+            scale, rounded = (divided_by, scaled) if multiplied else (scale, rounded)
     if np.all(scale == 1):
         choice = ScaleChoice(0.0, scale, choice.losses)
     divided = tuple(divisor(one, sources, scale) for one in foldable)

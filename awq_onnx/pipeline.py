@@ -168,7 +168,10 @@ def _calibrate_and_search(
     for finished in segments.collect(straight.opened, plan.groups, calibration_data.feeds, advance=progress.advance):
         while finished:
             group, statistics = finished.pop(0)
-            results.append(groups.quantize_group(group, maps.get(group), statistics, recipe, opened, files, names))
+            result = groups.quantize_group(
+                group, maps.get(group), statistics, recipe, opened, files, names, random=calibration_data.random
+            )
+            results.append(result)
         opened.let_go()
     order = {group: position for position, group in enumerate(plan.groups)}
     return sorted(results, key=lambda result: order[result.group])

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from awq_onnx import codec, search, threads
+from awq_onnx import codec, rounding, search, threads
 from awq_onnx.codec import Format
 from awq_onnx.kernels import reference
-from awq_onnx.search import ALPHAS, InputStatistics, Reader, Rounded, ScaleLimits
+from awq_onnx.rounding import Rounded
+from awq_onnx.search import ALPHAS, Reader, ScaleLimits
+from awq_onnx.statistics import InputStatistics
 
 Array = NDArray[Any]
 
@@ -187,7 +189,7 @@ def test_dead_channels_leave_scales_and_losses_finite(outliers: int) -> None:
         assert (scale > 0).all()
     choice = search.search_scale(read_by(statistics, weight(rng, 64, 8)), PLAIN)
     assert np.isfinite(choice.losses).all()
-    _, rounded = search.round_group(read_by(statistics, weight(rng, 64, 8)), choice.scale, PLAIN)
+    _, rounded = rounding.round_group(read_by(statistics, weight(rng, 64, 8)), choice.scale, PLAIN)
     assert np.isfinite([rounded[0].loss, rounded[0].plain_loss]).all()
 
 
@@ -242,7 +244,7 @@ def test_a_scale_that_would_overflow_half_precision_is_not_chosen() -> None:
     x[:, 3] *= 1e4
     statistics = statistics_of(x)
     choice = search.search_scale(read_by(statistics, w), fmt)
-    _, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
+    _, (rounded,) = rounding.round_group(read_by(statistics, w), choice.scale, fmt)
     assert np.isfinite(codec.pack_scales(rounded.grid.scales, FLOAT16)).all()
     assert np.isfinite(rounded.loss)
 
@@ -258,7 +260,7 @@ def test_no_group_ends_worse_than_plain_rounding(fmt: Format, seed: int, K: int,
     statistics = statistics_of(activations(rng, K, T=32, outliers=1))
     scale = np.exp(wildness * rng.standard_normal(K)).astype(np.float32)
     weights = [weight(rng, K, 5), weight(rng, K, 3) ** 3]
-    kept, rounded = search.round_group(read_by(statistics, *weights), scale, fmt)
+    kept, rounded = rounding.round_group(read_by(statistics, *weights), scale, fmt)
     assert sum(one.loss for one in rounded) <= sum(one.plain_loss for one in rounded)
     for w, one in zip(weights, rounded, strict=True):
         plain = plain_error(w, np.ones(K, np.float32), fmt)
@@ -275,7 +277,7 @@ def test_a_weight_on_its_grid_stays_as_it_is(fmt: Format, strength: float) -> No
     codes[::16], codes[1::16] = -8, 7
     w = (codes * 0.25).astype(np.float32)
     scale = np.exp(strength * rng.standard_normal(64)).astype(np.float32)
-    kept, (rounded,) = search.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
+    kept, (rounded,) = rounding.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
     assert rounded.plain_loss == 0
     assert rounded.loss == 0
     np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
@@ -287,7 +289,7 @@ def test_one_weight_that_a_scale_would_ruin_does_not_cost_the_others_their_refit
     on_grid = (rng.integers(-8, 8, (64, 6)) * 0.25).astype(np.float32)
     on_grid[::16], on_grid[1::16] = -2, 1.75
     scale = np.exp(3 * rng.standard_normal(64)).astype(np.float32)
-    kept, (first, second) = search.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
+    kept, (first, second) = rounding.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
     assert (kept == 1).all()
     assert first.loss == 0
     assert second.loss < 0.97 * second.plain_loss
@@ -301,7 +303,7 @@ def test_the_error_that_the_search_measured_is_the_error_that_ships(fmt: Format,
     w = weight(rng, K, 9)
     statistics = statistics_of(activations(rng, K, outliers=2))
     scale = search.candidate_scale(statistics.act_mean, 0.3, ScaleLimits()) if scaled else np.ones(K, np.float32)
-    scale, (rounded,) = search.round_group(read_by(statistics, w), scale, fmt)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
     error = shipped_weight(rounded, scale, fmt) - w
     H = statistics.second_moment.astype(np.float64)
     assert rounded.loss == pytest.approx(np.vdot(error, H @ error), rel=1e-5)
@@ -316,7 +318,7 @@ def test_a_scaled_and_refitted_weight_is_clearly_better_than_a_plain_one(fmt: Fo
     statistics = statistics_of(activations(rng, 128, outliers=3))
     w = weight(rng, 128, 32)
     choice = search.search_scale(read_by(statistics, w), fmt)
-    scale, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w), choice.scale, fmt)
     np.testing.assert_array_equal(scale, choice.scale)
     assert rounded.loss < 0.4 * rounded.plain_loss
 
@@ -349,7 +351,7 @@ def test_a_refit_never_costs_more_than_the_plain_grid(fmt: Format, data: st.Data
     blocks, h = data.draw(blocks_and_costs(fmt.block_size))
     plain = codec.minmax_grid(blocks, fmt)
     before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain)
-    after = weighted_error(blocks, h, *search.refit(blocks, h, fmt))
+    after = weighted_error(blocks, h, *rounding.refit(blocks, h, fmt))
     energy = (h * blocks.astype(np.float64) ** 2).sum(axis=1)  # refit compares in single precision
     assert (after <= before * (1 + 1e-5) + 2e-6 * energy).all()
 
@@ -359,7 +361,7 @@ def test_a_refit_never_costs_more_than_the_plain_grid(fmt: Format, data: st.Data
 @given(data=st.data())
 def test_a_refitted_grid_can_be_stored(fmt: Format, data: st.DataObject) -> None:
     blocks, h = data.draw(blocks_and_costs(fmt.block_size))
-    centred, grid = search.refit(blocks, h, fmt)
+    centred, grid = rounding.refit(blocks, h, fmt)
     codes = centred + grid.zero_points[:, None, :]
     assert ((codes >= 0) & (codes <= 15) & (codes % 1 == 0)).all()
     assert not fmt.symmetric or (grid.zero_points == 8).all()
@@ -376,7 +378,7 @@ def test_a_refit_gains_on_normal_weights(fmt: Format) -> None:
     h = np.ones((4, fmt.block_size, 1), np.float32)
     plain = codec.minmax_grid(blocks, fmt)
     before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain).sum()
-    assert weighted_error(blocks, h, *search.refit(blocks, h, fmt)).sum() < 0.93 * before
+    assert weighted_error(blocks, h, *rounding.refit(blocks, h, fmt)).sum() < 0.93 * before
 
 
 @every_format
@@ -384,7 +386,7 @@ def test_a_weight_whose_input_was_dead_in_calibration_is_rounded_plainly(fmt: Fo
     """No error costs anything there (an expert that no token reached), but it may wake up later."""
     rng = np.random.default_rng(0)
     w = weight(rng, 64, 8)
-    scale, (rounded,) = search.round_group(read_by(statistics_of(np.zeros((4, 64))), w), np.ones(64, np.float32), fmt)
+    scale, (rounded,) = rounding.round_group(read_by(statistics_of(np.zeros((4, 64))), w), np.ones(64, np.float32), fmt)
     plain = w + plain_error(w, scale, fmt)
     np.testing.assert_allclose(shipped_weight(rounded, scale, fmt), plain, rtol=1e-5, atol=1e-6)
 
@@ -396,7 +398,7 @@ def test_weights_that_decayed_to_almost_nothing_stay_almost_nothing(symmetric: b
     rng = np.random.default_rng(0)
     w = (rng.uniform(-15, 15, (64, 8)) * size).astype(np.float32)
     fmt = Format(32, symmetric, FLOAT32)
-    scale, (rounded,) = search.round_group(
+    scale, (rounded,) = rounding.round_group(
         read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt
     )
     assert np.abs(shipped_weight(rounded, scale, fmt)).max() <= 20 * size
@@ -410,11 +412,11 @@ def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: 
     statistics = statistics_of(rng.standard_normal((256, K)) * np.exp(rng.standard_normal(K)))
     w = weight(rng, K, 32)
     scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
-    kept, (rounded,) = search.round_group(read_by(statistics, w), scale, fmt)
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
     np.testing.assert_array_equal(kept, scale)
     cost = (statistics.diagonal / scale**2)[:, None]
     blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
-    centred, grid = search.refit(blocks, codec.to_blocks(cost, fmt.block_size), fmt)
+    centred, grid = rounding.refit(blocks, codec.to_blocks(cost, fmt.block_size), fmt)
     np.testing.assert_array_equal(rounded.centred, centred)
     np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
     np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
@@ -429,7 +431,7 @@ def results_with_cores(cores: int, fmt: Format, monkeypatch: pytest.MonkeyPatch)
     statistics = statistics_of(activations(rng, 50, outliers=1))
     w = weight(rng, 50, 901)
     choice = search.search_scale(read_by(statistics, w), fmt)
-    scale, (rounded,) = search.round_group(read_by(statistics, w), choice.scale, fmt)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w), choice.scale, fmt)
     losses = np.array([*choice.losses, rounded.loss, rounded.plain_loss, rounded.energy])
     arrays = (losses, scale, codec.pack(rounded.centred, rounded.grid), rounded.grid.scales, rounded.grid.zero_points)
     return tuple(array.tobytes() for array in arrays)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from awq_onnx.calibrate import companion, given, synthetic
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Arrays, Feed, Signature, complete
 from awq_onnx.calibrate.given import Calibration, Texts
-from awq_onnx.calibrate.maker import RANDOM, Maker
+from awq_onnx.calibrate.maker import PROSE, RANDOM, Maker
 from awq_onnx.errors import CalibrationError
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
@@ -24,12 +24,13 @@ HELD_OUT_SHARE = 16  # one sequence in so many is kept to measure the result wit
 @dataclass(frozen=True)
 class CalibrationData:
     """feeds: to calibrate with. held_out: to measure with, a sequence each; from `feeds` where nothing could be held
-    out. source: what they are, for people.
+    out. source: what they are, for people. random: whether they are mere noise.
     """
 
     feeds: tuple[Feed, ...]
     held_out: tuple[Feed, ...]
     source: str
+    random: bool = False
 
     @property
     def all_feeds(self) -> tuple[Feed, ...]:
@@ -46,7 +47,7 @@ def load(
     progress: Progress,
 ) -> CalibrationData:
     """The data for one run. Raises CalibrationError where they do not fit the model."""
-    maker = Maker.of(opened, recipe, progress, wanted)
+    maker = Maker.of(opened, recipe, progress, tokenizer, wanted)
     values, what = None, ""
     if calibration is not None:
         progress.stage("Reading the calibration data")
@@ -54,13 +55,15 @@ def load(
     before = companion.decoder_before(opened) if wanted.needs_past and not _holds_caches(values) else None
     if before is None:
         arrays, what = _whole(maker, values, what, tokenizer)
-        return _split([arrays], wanted, _held_out(recipe.samples), what, progress)
+        split = _split([arrays], wanted, _held_out(recipe.samples), what, progress)
+        return replace(split, random=what == RANDOM)
     with open_model(before) as other:
-        first = Maker.of(other, recipe, progress)
+        first = Maker.of(other, recipe, progress, tokenizer)
         arrays, what = _whole(first, values, what, tokenizer)
         progress.stage(f"Running {before.name} for the caches that the model goes on from")
         parts = companion.continued(first.session, first.wanted, opened, arrays)
-    return _split(parts, wanted, _held_out(recipe.samples), f"{what}, gone on from at {len(parts)} places", progress)
+    where = f"{what}, gone on from at {len(parts)} places"
+    return replace(_split(parts, wanted, _held_out(recipe.samples), where, progress), random=what == RANDOM)
 
 
 def _holds_caches(values: Texts | Arrays | None) -> bool:
@@ -88,11 +91,10 @@ def _whole(
 def _self_made(maker: Maker, samples: int) -> tuple[Arrays, str]:
     batch = maker.wanted.fixed_batch
     arrays, what = maker.fill({}, samples if batch is None else max(-(-samples // batch), 2) * batch)
-    if what == RANDOM:
-        maker.progress.stage("Making random inputs")
+    if what in (RANDOM, PROSE):
         or_text = ", or file.txt" if maker.wanted.takes_tokens else ""
         maker.progress.note(
-            "This is no language model that could write its own text: it is calibrated with random inputs. "
+            f"This is no language model that could write its own text: it is calibrated with {what}. "
             f"Inputs of your own (--calibration data.npz{or_text}) give a better model."
         )
     return arrays, what

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -15,11 +16,24 @@ from awq_onnx.errors import RuntimeFailedError
 
 Tokens = NDArray[np.int64]
 Advance = Callable[[float], None]
+Choose = Callable[[NDArray[Any], Tokens], Tokens]  # from logits (B, V) and what is written before (B, position)
 
 CACHE_BUDGET_BYTES = 400 << 20  # for the key/value caches of the sequences that are written side by side
 LENGTH_WITHOUT_CACHE = 64  # every token then costs a pass over all before it
 SMALLEST_NOISE = np.float32(1e-30)
+GOES_ON = 0.25  # of the length of a first text: shorter ones after it are none
 NOTHING: Arrays = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The tokens that texts start and end with. start: None where nobody tells it. ends: may be none."""
+
+    start: int | None = None
+    ends: tuple[int, ...] = ()
+
+
+UNBOUNDED = Bounds()
 
 
 def is_causal(session: Any, wanted: Signature, others: Arrays = NOTHING) -> bool:
@@ -46,12 +60,20 @@ def is_causal(session: Any, wanted: Signature, others: Arrays = NOTHING) -> bool
 
 
 def generate(
-    session: Any, wanted: Signature, samples: int, length: int, seed: int, advance: Advance, others: Arrays = NOTHING
+    session: Any,
+    wanted: Signature,
+    samples: int,
+    length: int,
+    seed: int,
+    advance: Advance,
+    others: Arrays = NOTHING,
+    bounds: Bounds = UNBOUNDED,
 ) -> Tokens:
-    """Token ids (samples, length), sampled at temperature 1 from random first tokens.
+    """Token ids (samples, length), sampled at temperature 1.
 
-    advance: told the fraction of the work just done. others: the inputs that do not follow from the tokens, samples
-    along axis 0. The same seed gives the same ids.
+    They start as texts do, then with any token, so that they differ; where a text ends the next one starts. advance:
+    told the fraction of the work just done. others: the inputs that do not follow from the tokens, samples along
+    axis 0. The same seed gives the same ids.
     """
     rng = np.random.default_rng(seed)
     write = _with_cache if wanted.grows_caches else _without_cache
@@ -61,7 +83,12 @@ def generate(
     rounds = -(-samples // batch)
     written = [
         write(
-            session, wanted, (batch, length), _rows(others, at * batch, batch), rng, lambda part: advance(part / rounds)
+            session,
+            wanted,
+            _first_tokens(wanted, (batch, length), bounds, rng),
+            _rows(others, at * batch, batch),
+            lambda logits, ids: _next(logits, ids, bounds, rng),
+            lambda part: advance(part / rounds),
         )
         for at in range(rounds)
     ]
@@ -87,48 +114,63 @@ def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
 
 
 def _with_cache(
-    session: Any,
-    wanted: Signature,
-    shape: tuple[int, int],
-    others: Arrays,
-    rng: np.random.Generator,
-    advance: Advance,
+    session: Any, wanted: Signature, ids: Tokens, others: Arrays, choose: Choose, advance: Advance
 ) -> Tokens:
-    ids = _first_tokens(wanted, shape, rng)
-    batch, length = shape
+    batch, length = ids.shape
     caches = _Caches(wanted, batch, length)
     for position in range(1, length):
         feed = complete(wanted, {**others, wanted.text: ids[:, position - 1 : position]}, caches.past())
         logits = caches.step(session, feed)
-        ids[:, position] = _sample(logits[:, -1], rng)
+        ids[:, position] = choose(logits[:, -1], ids[:, :position])
         advance(1 / (length - 1))
     return ids
 
 
 def _without_cache(
-    session: Any,
-    wanted: Signature,
-    shape: tuple[int, int],
-    others: Arrays,
-    rng: np.random.Generator,
-    advance: Advance,
+    session: Any, wanted: Signature, ids: Tokens, others: Arrays, choose: Choose, advance: Advance
 ) -> Tokens:
-    ids = _first_tokens(wanted, shape, rng)
-    length = shape[1]
+    length = ids.shape[1]
     for position in range(1, length):
         seen = ids[:, :position]
         after = wanted.sequence_length(position) - position  # a graph of fixed length wants the tokens after it, too
         feed = complete(wanted, {**others, wanted.text: np.pad(seen, ((0, 0), (0, after)))})
         (logits,) = runtime.run(session, [wanted.logits or ""], feed)
-        ids[:, position] = _sample(logits[:, position - 1], rng)
+        ids[:, position] = choose(logits[:, position - 1], ids[:, :position])
         advance(2 * position / (length * (length - 1)))
     return ids
 
 
-def _first_tokens(wanted: Signature, shape: tuple[int, int], rng: np.random.Generator) -> Tokens:
+def _first_tokens(wanted: Signature, shape: tuple[int, int], bounds: Bounds, rng: np.random.Generator) -> Tokens:
     ids = np.zeros(shape, np.int64)
-    ids[:, 0] = rng.integers(0, wanted.vocabulary or 2, len(ids))
+    ids[:, 0] = _any_tokens(len(ids), wanted.vocabulary, rng) if bounds.start is None else bounds.start
     return ids
+
+
+def _any_tokens(count: int, vocabulary: int | None, rng: np.random.Generator) -> Tokens:
+    return rng.integers(0, vocabulary or 2, count)
+
+
+def _next(logits: NDArray[Any], written: Tokens, bounds: Bounds, rng: np.random.Generator) -> Tokens:
+    """The tokens (B,) after those `written` (B, position), logits (B, V): drawn, but for the bounds of texts."""
+    if bounds.start is None:
+        return _sample(logits, rng)
+    if written.shape[1] == 1:
+        return _any_tokens(logits.shape[0], logits.shape[1], rng)
+    drawn = _sample(logits, rng)
+    return drawn if bounds.start in bounds.ends else np.where(np.isin(written[:, -1], bounds.ends), bounds.start, drawn)
+
+
+def written_well(ids: Tokens, bounds: Bounds) -> NDArray[np.bool_]:
+    """Which tokens (samples, length) to use: all, or those of the first text in each sample alone.
+
+    A model that has learned to go on after the end of a text writes about as much again. One that saw only padding
+    there ends at once, over and over: no text that anybody would give it.
+    """
+    ended = np.isin(ids, bounds.ends)
+    ended[:, :2] = False  # tokens it did not choose
+    first: NDArray[np.bool_] = np.cumsum(ended, axis=1) - ended == 0
+    later = (~first).sum() / max(int((ended & ~first).sum()), 1)  # tokens for each end
+    return first if later < GOES_ON * first.sum() / max(int(ended.any(axis=1).sum()), 1) else np.ones_like(first)
 
 
 def _sample(logits: NDArray[Any], rng: np.random.Generator) -> Tokens:

@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -73,8 +73,8 @@ def token_ids(
     """The tokens (T,) of all texts. Raises CalibrationError where the model takes none, or none can be made."""
     if not wanted.takes_tokens:
         raise CalibrationError(f"the model has no input {TOKENS}, so text cannot calibrate it: {ADVICE}")
-    encoder = _tokenizer(model, tokenizer)
-    return np.array([token for text in texts for token in encoder(text)], np.int64)
+    loaded = load_tokenizer(model, tokenizer)
+    return np.array([token for text in texts for token in loaded.encode(text, add_special_tokens=False).ids], np.int64)
 
 
 def windows(ids: NDArray[np.int64], wanted: Signature, length: int, most: int) -> Arrays:
@@ -88,7 +88,11 @@ def windows(ids: NDArray[np.int64], wanted: Signature, length: int, most: int) -
     return {name: chosen for name in (TOKENS, DECODER_TOKENS) if name in wanted.names}
 
 
-def _tokenizer(model: Path | None, named: str | os.PathLike[str] | None) -> Callable[[str], list[int]]:
+def load_tokenizer(model: Path | None, named: str | os.PathLike[str] | None) -> Any:
+    """The tokenizer in the folder or file `named`, else beside the model or one folder up, as tokenizers.Tokenizer.
+
+    Raises CalibrationError where there is none, MissingPackageError where it cannot be read.
+    """
     folders = [Path(named)] if named is not None else [model.parent, model.parent.parent] if model else []
     files = [folder if folder.is_file() else folder / "tokenizer.json" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
@@ -103,12 +107,9 @@ def _tokenizer(model: Path | None, named: str | os.PathLike[str] | None) -> Call
         loaded = Tokenizer.from_file(str(found))
     except Exception as error:  # tokenizers raises plain Exception
         raise CalibrationError(f"{found} is no tokenizer: {error}") from error
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = loaded.encode(text, add_special_tokens=False).ids
-        return ids
-
-    return encode
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
 
 
 def _arrays(path: Path, wanted: Signature) -> Arrays:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 SAMPLING_RATE = 16_000  # of the sound that most speech models take
@@ -35,7 +35,20 @@ class Hints:
     def padding(self) -> int | None:
         """The token that stands for none."""
         found = next(_found(self.config, "pad_token_id"), None)
-        return found if isinstance(found, int) else None
+        return found if _is_token(found) else None
+
+    @property
+    def start(self) -> int | None:
+        """The token that texts start with."""
+        return next(
+            (one for one in _found(self.config, "decoder_start_token_id", "bos_token_id") if _is_token(one)), None
+        )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that texts end with."""
+        found = next(_found(self.config, "eos_token_id"), None)
+        return tuple(one for one in (found if isinstance(found, list) else [found]) if _is_token(one))
 
     @property
     def channels(self) -> int:
@@ -96,6 +109,10 @@ def _found(content: Mapping[str, Any], *names: str) -> Iterator[Any]:
     for part in content.values():
         if isinstance(part, dict):
             yield from _found(part, *names)
+
+
+def _is_token(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_size(value: Any) -> bool:

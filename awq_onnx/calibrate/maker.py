@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from awq_onnx import runtime
-from awq_onnx.calibrate import companion, synthetic
+from awq_onnx.calibrate import companion, prose, synthetic
 from awq_onnx.calibrate.feeds import (
     ADVICE,
     DECODER_TOKENS,
@@ -23,7 +24,7 @@ from awq_onnx.calibrate.feeds import (
     complete,
     signature,
 )
-from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, Tokens, generate, is_causal
+from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, Bounds, generate, is_causal, written_well
 from awq_onnx.calibrate.hints import Hints, read_hints
 from awq_onnx.errors import CalibrationError, RuntimeFailedError
 from awq_onnx.progress import Progress
@@ -31,6 +32,7 @@ from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel, open_model
 
 RANDOM = "random inputs"
+PROSE = "short texts that come with awq-onnx"
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,21 @@ class Maker:
     hints: Hints
     recipe: Recipe
     progress: Progress
+    tokenizer: str | os.PathLike[str] | None = None
 
     @classmethod
-    def of(cls, opened: OpenedModel, recipe: Recipe, progress: Progress, wanted: Signature | None = None) -> Maker:
+    def of(
+        cls,
+        opened: OpenedModel,
+        recipe: Recipe,
+        progress: Progress,
+        tokenizer: str | os.PathLike[str] | None = None,
+        wanted: Signature | None = None,
+    ) -> Maker:
         hints = read_hints(opened.path)
         wanted = wanted or signature(opened.model.graph)
-        return cls(opened, replace(wanted, vocabulary=wanted.vocabulary or hints.vocabulary), hints, recipe, progress)
+        wanted = replace(wanted, vocabulary=wanted.vocabulary or hints.vocabulary)
+        return cls(opened, wanted, hints, recipe, progress, tokenizer)
 
     @cached_property
     def session(self) -> Any:
@@ -65,10 +76,24 @@ class Maker:
         made = self._made(known, samples, length)
         if self.wanted.needs_past and not any(name.startswith("past") for name in given):
             self.progress.note("There is no decoder beside the model that makes its caches: they are random numbers.")
-        if self.wanted.text in given or not self._can_write(made, length):
+        if self.wanted.text in given:
             return made, RANDOM
-        ids = self._written(made, samples, length)
-        return {**made, self.wanted.text: ids}, f"sequences of {ids.shape[1]} tokens that the model wrote itself"
+        if not self._can_write(made, length):
+            return self._with_prose(given, known, made, samples, length)
+        texts = self._written(made, samples, length)
+        length = texts[self.wanted.text].shape[1]
+        return {**made, **texts}, f"sequences of {length} tokens that the model wrote itself"
+
+    def _with_prose(self, given: Arrays, known: Arrays, made: Arrays, samples: int, length: int) -> tuple[Arrays, str]:
+        """`made` with text in the place of random tokens, where there is a tokenizer to make it with."""
+        wanted = self.wanted
+        if TOKENS in given or TOKENS not in wanted.names:
+            return made, RANDOM
+        exact = wanted.names[TOKENS].fixed(1) is not None
+        ids = prose.windows(self.opened.path, self.tokenizer, wanted.vocabulary, samples, length, exact=exact)
+        if ids is None:
+            return made, RANDOM
+        return self._made({**known, TOKENS: ids}, samples, ids.shape[1]), PROSE
 
     def with_states(self, given: Arrays, samples: int) -> Arrays:
         """`given` plus what the encoder beside the model makes, where the model wants that and there is one."""
@@ -83,7 +108,7 @@ class Maker:
             return given
         self.progress.stage(f"Running {path.name} for the states that the decoder reads")
         with open_model(path) as opened:
-            encoder = Maker.of(opened, self.recipe, self.progress)
+            encoder = Maker.of(opened, self.recipe, self.progress, self.tokenizer)
             arrays, _ = encoder.fill(encoder._read_by_encoder(given), samples)
             return {**given, ENCODER_STATES: companion.states_of(encoder.session, encoder.wanted, arrays)}
 
@@ -141,15 +166,29 @@ class Maker:
             return False
         return length > 1 and is_causal(self.session, wanted, _without(made, wanted.text))
 
-    def _written(self, made: Arrays, samples: int, length: int) -> Tokens:
+    def _written(self, made: Arrays, samples: int, length: int) -> Arrays:
+        """Token ids, and a mask where not all of them are good text."""
         self.progress.stage("Writing calibration text with the model itself")
         if not self.wanted.grows_caches and length > LENGTH_WITHOUT_CACHE:
             self.progress.note(
                 f"With no key/value cache the model writes its text {LENGTH_WITHOUT_CACHE} tokens at a time, "
                 "slowly. Text of your own (--calibration file.txt) would be faster."
             )
-        others = _without(made, self.wanted.text)
-        return generate(self.session, self.wanted, samples, length, self.recipe.seed, self.progress.advance, others)
+        wanted, bounds, seed = self.wanted, self._bounds(), self.recipe.seed
+        others = _without(made, wanted.text)
+        ids = generate(self.session, wanted, samples, length, seed, self.progress.advance, others, bounds)
+        used = written_well(ids, bounds)
+        if used.all() or wanted.text_mask not in wanted.names:
+            return {wanted.text: ids}
+        padding = self.hints.padding
+        if padding is None or padding >= (wanted.vocabulary or 0):
+            padding = bounds.ends[0]
+        return {wanted.text: np.where(used, ids, padding), wanted.text_mask: used.astype(np.int64)}
+
+    def _bounds(self) -> Bounds:
+        known = range(self.wanted.vocabulary or 0)
+        ends = tuple(end for end in self.hints.ends if end in known)
+        return Bounds(self.hints.start if self.hints.start in known else None, ends)
 
 
 def _lengths(wished: int, positions: int | None) -> Iterator[int]:

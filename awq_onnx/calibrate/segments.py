@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
-from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.bodies import all_bodies
 from awq_onnx.passes.constants import stored
 from awq_onnx.progress import unheard
-from awq_onnx.search import InputStatistics
+from awq_onnx.statistics import Accumulator, InputStatistics
 from awq_onnx.store import OpenedModel
 
 Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an input of a group
 
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")
+VALIDATION_EVERY = 8  # one feed in so many, and one where there are fewer
+VALIDATION_ROWS = 512  # of every input, in all
 BUDGET_BYTES = 96 << 20  # of weights and second moments in one part; a part holds at least one node
 
 
@@ -82,7 +83,8 @@ def _run_part(
 ) -> dict[str, InputStatistics]:
     sums = {name: Accumulator(K) for name, K in part.taps.items()}
     session = None
-    for alive in values:
+    apart = _validation_rows(len(values))
+    for position, alive in enumerate(values):
         if session is None and part.makes:
             model = extract(opened.model, part, alive).SerializeToString()
             session = runtime.session(model, opened.folder, fuse=False, prepack=True, spin=False)
@@ -91,11 +93,17 @@ def _run_part(
             alive.update(zip(part.makes, made, strict=True))
             del made
         for name, accumulator in sums.items():
-            accumulator.update(_rows(alive[name], alive))
+            accumulator.update(_rows(alive[name], alive), apart.get(position, 0))
         for name in part.dead_after:
             alive.pop(name, None)
         advance()
     return {name: _finished(name, accumulator) for name, accumulator in sums.items()}
+
+
+def _validation_rows(feeds: int) -> dict[int, int]:
+    """How many rows to keep for validation of which feeds: whole sequences, in H none of their other rows."""
+    chosen = range(VALIDATION_EVERY // 2, feeds, VALIDATION_EVERY) or range(feeds // 2, feeds // 2 + (feeds > 1))
+    return {position: VALIDATION_ROWS // len(chosen) for position in chosen}
 
 
 def _finished(name: str, accumulator: Accumulator) -> InputStatistics:

@@ -12,10 +12,9 @@ import pytest
 from builders import Array, GraphBuilder, decoder_feed, gated_mlp, run, tiny_decoder, two_linears
 
 from awq_onnx.calibrate import segments
-from awq_onnx.calibrate.statistics import Accumulator
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
-from awq_onnx.search import InputStatistics
+from awq_onnx.statistics import Accumulator, InputStatistics
 from awq_onnx.store import OpenedModel, open_model
 
 Feed = dict[str, Array]

@@ -13,10 +13,11 @@ from folding import microsoft
 from onnx import helper
 
 import awq_onnx
-from awq_onnx import search
+from awq_onnx import rounding, search
 from awq_onnx.codec import Format
 from awq_onnx.passes.sites import survey
-from awq_onnx.search import ALPHAS, InputStatistics, Reader
+from awq_onnx.search import ALPHAS, Reader
+from awq_onnx.statistics import InputStatistics
 
 K, HEADS, SIZE = 32, 4, 8
 N = HEADS * SIZE
@@ -188,7 +189,7 @@ def test_heads_are_nearer_to_the_original_behind_their_norm(
     errors = []
     for head_size in (None, SIZE):
         readers = [Reader(weight, statistics, head_size)]
-        scale, (rounded,) = search.round_group(readers, search.search_scale(readers, PLAIN).scale, PLAIN)
+        scale, (rounded,) = rounding.round_group(readers, search.search_scale(readers, PLAIN).scale, PLAIN)
         restored = (rounded.centred * rounded.grid.scales[:, None, :]).reshape(K, -1) / scale[:, None]
         errors.append(np.square(normed(x @ restored) - normed(x @ weight)).mean())
     assert errors[1] < 0.8 * errors[0]

@@ -1,0 +1,167 @@
+"""What calibration learns about the input of a MatMul: sums over its rows, and a few rows to check choices with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awq_onnx.codec import Float32
+
+EIGENVECTORS = 8
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration learned about one MatMul input X (T, K).
+
+    second_moment: H = X'X / T, float32 (K, K). act_mean: mean|x|, act_max: max|x|, float32 (K,). tokens: T.
+    validation: some rows of X, float32 (R, K), of sequences that have no other row in X; none where X is too small.
+    """
+
+    second_moment: Float32
+    act_mean: Float32
+    act_max: Float32
+    tokens: int
+    validation: Float32 | None = None
+
+    @cached_property
+    def principal(self) -> Float32:
+        """U (K, 8): H is about diag(rest) + U U', U the largest eigenvectors times the roots of their values."""
+        return _principal(self.second_moment, EIGENVECTORS)
+
+    @cached_property
+    def rest(self) -> Float32:
+        """The diagonal of H less that of U U': float32 (K,), not negative."""
+        rest: Float32 = np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), np.float32(0))
+        return rest
+
+    @property
+    def training_moment(self) -> Float32:
+        """H without the rows for validation: float32 (K, K)."""
+        if self.validation is None:
+            return self.second_moment
+        others = self.tokens - len(self.validation)
+        rest: Float32 = self.second_moment * np.float32(self.tokens) - self.validation.T @ self.validation
+        return rest / np.float32(others)
+
+    @property
+    def diagonal(self) -> Float32:
+        return np.ascontiguousarray(np.diagonal(self.second_moment))
+
+    def loss(self, error: Float32) -> float:
+        """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
+        return float(np.vdot(error, self.second_moment @ error))
+
+    def estimated_loss(self, error: Float32) -> float:
+        """`loss` with diag(rest) + U U' in the place of H: O(8 K N) instead of O(K^2 N)."""
+        spread = np.einsum("kn,kn->k", error, error, dtype=np.float32)
+        along = self.principal.T @ error  # (8, N)
+        return float(self.rest @ spread + np.vdot(along, along))
+
+    def column_energy(self, weight: Float32) -> Float32:
+        """About w' H w for every column w of a weight (K, N): float32 (N,)."""
+        spread: Float32 = self.rest @ np.square(weight) + np.square(self.principal.T @ weight).sum(axis=0)
+        return spread
+
+    @classmethod
+    def flat(cls, K: int) -> InputStatistics:
+        """What to assume of an input that calibration never saw: every channel matters the same."""
+        return cls(np.eye(K, dtype=np.float32), np.ones(K, np.float32), np.zeros(K, np.float32), 0)
+
+    @classmethod
+    def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
+        """Of the rows of all `parts` together."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens = sum(part.tokens for part in parts)
+        second_moment = np.zeros_like(parts[0].second_moment)
+        for part in parts:
+            second_moment += np.float32(part.tokens / max(tokens, 1)) * part.second_moment
+        return cls(
+            second_moment,
+            mean_of(parts),
+            np.max([part.act_max for part in parts], axis=0),
+            tokens,
+            _stacked([part.validation for part in parts if part.validation is not None]),
+        )
+
+
+def mean_of(parts: Sequence[InputStatistics]) -> Float32:
+    """mean|x| over the rows of all `parts`: float32 (K,)."""
+    if len(parts) == 1:
+        return parts[0].act_mean
+    tokens = [part.tokens for part in parts]
+    mean: Float32 = np.average(
+        [part.act_mean for part in parts], axis=0, weights=tokens if any(tokens) else None
+    ).astype(np.float32)
+    return mean
+
+
+def _stacked(rows: Sequence[Float32]) -> Float32 | None:
+    return np.concatenate(rows) if rows else None
+
+
+def _principal(second_moment: Float32, rank: int) -> Float32:
+    """The `rank` largest eigenvectors times the roots of their values, by subspace iteration: float32 (K, rank)."""
+    K = second_moment.shape[0]
+    rank = min(rank, K)
+    start = np.random.default_rng(0).standard_normal((K, min(2 * rank, K)), dtype=np.float32)
+    basis = np.linalg.qr(second_moment @ start)[0]
+    for _ in range(3):
+        basis = np.linalg.qr(second_moment @ basis)[0]
+    values, vectors = np.linalg.eigh(basis.T @ (second_moment @ basis))
+    roots = np.sqrt(np.maximum(values[-rank:], 0))
+    principal: Float32 = (basis @ vectors[:, -rank:]) * roots
+    return principal
+
+
+class Accumulator:
+    """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels; of X itself few rows are kept."""
+
+    def __init__(self, K: int) -> None:
+        self._second_moment = np.zeros((K, K), np.float32)
+        self._sum = np.zeros(K, np.float64)
+        self._max = np.zeros(K, np.float32)
+        self._tokens = 0
+        self._validation: list[Float32] = []
+        self.spoiled_rows = 0  # left out, for NaN or Inf
+
+    def update(self, rows: NDArray[np.generic], validation_rows: int = 0) -> None:
+        """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count.
+
+        validation_rows: if not 0, these rows are for validation, and at most so many of them count.
+        """
+        x = np.ascontiguousarray(rows, dtype=np.float32)
+        largest = _largest(x)
+        if not np.isfinite(largest).all():  # an overflow, or padding: such a row would spoil every sum
+            self.spoiled_rows += len(x)
+            x = x[np.isfinite(x).all(axis=1)]
+            self.spoiled_rows -= len(x)
+            largest = _largest(x)
+        np.maximum(self._max, largest, out=self._max)
+        if validation_rows:
+            x = x[:: -(-len(x) // validation_rows) or 1].copy()
+            self._validation.append(x)
+        self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
+        self._sum += np.abs(x).sum(axis=0)
+        self._tokens += len(x)
+
+    def finish(self) -> InputStatistics:
+        """The means over all rows; ends the accumulation, since H is divided in place."""
+        tokens = max(self._tokens, 1)
+        self._second_moment /= tokens
+        mean = (self._sum / tokens).astype(np.float32)
+        validation = _stacked(self._validation)
+        if validation is not None and not 0 < len(validation) < self._tokens:
+            validation = None
+        return InputStatistics(self._second_moment, mean, self._max, self._tokens, validation)
+
+
+def _largest(x: Float32) -> Float32:
+    """max|x| of each column, NaN where there is one: float32 (K,)."""
+    largest: Float32 = np.maximum(x.max(axis=0, initial=0), -x.min(axis=0, initial=0))
+    return largest
