@@ -124,16 +124,13 @@ def round_weight(scaled: Float32, grid: Grid, block_size: int, compensation: Com
     """The codes of s W (K, n) on a grid, less their zero points: float32 integers (G, b, n)."""
     K, n = scaled.shape
     blocks = compensation.order // block_size
-    largest = np.float32(codec.max_code(grid.bits))
-    steps, lowest = np.reciprocal(grid.scales), -grid.zero_points
-    highest = largest - grid.zero_points
-    wanted = scaled[compensation.order]  # (K, n), as rounded before it
+    steps = np.reciprocal(grid.scales)
+    lowest, highest = -grid.zero_points, codec.max_code(grid.bits) - grid.zero_points
+    wanted = scaled[compensation.order]  # (K, n)
     errors = np.zeros_like(wanted)
     codes = np.zeros((grid.scales.shape[0] * block_size, n), np.float32)
     for start, stop in _runs(K, ROWS):
-        targets = wanted[start:stop]
-        if start:
-            targets = targets - compensation.feedback[:start, start:stop].T @ errors[:start]
+        targets = wanted[start:stop] - compensation.feedback[:start, start:stop].T @ errors[:start]
         for i in range(start, stop):
             block, target = blocks[i], targets[i - start]
             code = codes[compensation.order[i]]

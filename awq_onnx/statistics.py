@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from awq_onnx.codec import Float32
 
 EIGENVECTORS = 8
+LOST_IN_ROUNDING = 0.01  # of a sum: what is left when the rest is subtracted in single precision
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class InputStatistics:
 
     @property
     def training_moment(self) -> Float32:
-        """H without the rows for validation: float32 (K, K)."""
+        """H without the rows for validation, float32 (K, K); 0 for channels that carry little but there."""
         if self.validation is None:
             return self.second_moment
-        others = self.tokens - len(self.validation)
         rest: Float32 = self.second_moment * np.float32(self.tokens) - self.validation.T @ self.validation
-        return rest / np.float32(others)
+        rest /= np.float32(self.tokens - len(self.validation))
+        lost = np.diagonal(rest) < LOST_IN_ROUNDING * self.diagonal
+        rest[lost] = 0
+        rest[:, lost] = 0
+        return rest
 
     @property
     def diagonal(self) -> Float32:
