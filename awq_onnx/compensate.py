@@ -48,12 +48,12 @@ def find(statistics: InputStatistics, scale: Float32, *, random: bool = False) -
 
     random: calibration ran on noise, of which the model's real inputs will share only some correlations.
     """
-    if statistics.validation is None:
+    if statistics.validation is None or not 0 < len(statistics.validation) < statistics.tokens:
         return None
     rows = statistics.validation / scale
-    if not rows.any():
-        return None
     training = _Ordered.of(statistics.training_moment, scale)
+    if not (rows.any() and training.roots.any()):
+        return None
     shrink, gain = _least(
         [one for one in SHRINKS if one >= LEAST_FOR_NOISE or not random],
         lambda shrink: _gain(training.compensation(shrink), rows),

@@ -20,7 +20,7 @@ class InputStatistics:
     """What calibration learned about one MatMul input X (T, K).
 
     second_moment: H = X'X / T, float32 (K, K). act_mean: mean|x|, act_max: max|x|, float32 (K,). tokens: T.
-    validation: some rows of X, float32 (R, K), of sequences that have no other row in X; none where X is too small.
+    validation: some rows of X, float32 (R, K), of sequences that have no other row in X; None where there are none.
     """
 
     second_moment: Float32
@@ -46,7 +46,7 @@ class InputStatistics:
         if self.validation is None:
             return self.second_moment
         rest: Float32 = self.second_moment * np.float32(self.tokens) - self.validation.T @ self.validation
-        rest /= np.float32(self.tokens - len(self.validation))
+        rest /= np.float32(max(self.tokens - len(self.validation), 1))
         lost = np.diagonal(rest) < LOST_IN_ROUNDING * self.diagonal
         rest[lost] = 0
         rest[:, lost] = 0
@@ -149,7 +149,7 @@ class Accumulator:
         np.maximum(self._max, largest, out=self._max)
         if validation_rows:
             x = x[:: -(-len(x) // validation_rows) or 1].copy()
-            self._validation.append(x)
+            self._validation += [x] if len(x) else []
         self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
         self._sum += np.abs(x).sum(axis=0)
         self._tokens += len(x)
@@ -159,10 +159,7 @@ class Accumulator:
         tokens = max(self._tokens, 1)
         self._second_moment /= tokens
         mean = (self._sum / tokens).astype(np.float32)
-        validation = _stacked(self._validation)
-        if validation is not None and not 0 < len(validation) < self._tokens:
-            validation = None
-        return InputStatistics(self._second_moment, mean, self._max, self._tokens, validation)
+        return InputStatistics(self._second_moment, mean, self._max, self._tokens, _stacked(self._validation))
 
 
 def _largest(x: Float32) -> Float32:

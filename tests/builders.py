@@ -1,4 +1,7 @@
-"""Small graphs in the handwriting of real exporters, with a few channels that carry most of the activation."""
+"""Small graphs in the handwriting of real exporters, with a few channels that carry most of the activation.
+
+And the arrays that tests of the numbers share: activations, weights, what calibration would learn of them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,26 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from awq_onnx import codec
+from awq_onnx.codec import Format
+from awq_onnx.search import Reader
+from awq_onnx.statistics import InputStatistics
+
 Array = NDArray[Any]
+
+FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
+PLAIN = Format(32, False, FLOAT32)
+FORMATS = [
+    pytest.param(PLAIN, id="zero points-float32"),
+    pytest.param(Format(32, True, FLOAT32), id="symmetric-float32"),
+    pytest.param(Format(32, False, FLOAT16), id="zero points-float16"),
+    pytest.param(Format(16, True, FLOAT16), id="symmetric-float16"),
+]
+every_format = pytest.mark.parametrize("fmt", FORMATS)
 
 
 class GraphBuilder:
@@ -382,3 +401,39 @@ def tiny_cross_decoder(*, past: bool, hidden: int = 32, vocabulary: int = 40) ->
     builder.output(builder.add("MatMul", normed, head, name="/lm_head/MatMul", to="logits"))
     builder.output(builder.add("Identity", own, to="present.0.decoder.key"), cache)
     return builder.model()
+
+
+def activations(rng: np.random.Generator, K: int, *, T: int = 256, outliers: int = 0) -> Array:
+    """Correlated channels of different strength; the first `outliers` of a shuffle are 30 times stronger."""
+    mixed = rng.standard_normal((T, 12)) @ rng.standard_normal((12, K)) + rng.standard_normal((T, K))
+    strength = np.exp(rng.standard_normal(K) * 0.5)
+    strength[rng.permutation(K)[:outliers]] *= 30
+    x: Array = (mixed * strength).astype(np.float32)
+    return x
+
+
+def weight(rng: np.random.Generator, K: int, N: int) -> Array:
+    w: Array = (rng.standard_normal((K, N)) / np.sqrt(K)).astype(np.float32)
+    return w
+
+
+def statistics_of(x: Array, validation: Array | None = None) -> InputStatistics:
+    """What calibration would learn from activations (T, K), and from more of them, kept for validation."""
+    x = (x if validation is None else np.concatenate([x, validation])).astype(np.float32)
+    magnitude = np.abs(x)
+    second_moment: Array = x.T @ x / np.float32(len(x))
+    return InputStatistics(second_moment, magnitude.mean(axis=0), magnitude.max(axis=0), len(x), validation)
+
+
+def read_by(statistics: InputStatistics, *weights: Array) -> list[Reader]:
+    """Weights that read one input."""
+    return [Reader(one, statistics) for one in weights]
+
+
+def plain_error(w: Array, scale: Array, fmt: Format) -> Array:
+    """Q(s W) / s - W on the min-max grid: (K, N)."""
+    blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
+    grid = codec.minmax_grid(blocks, fmt)
+    restored = codec.dequantize(codec.centred_codes(blocks, grid), grid)
+    error: Array = codec.from_blocks(restored, len(w)) / scale[:, None] - w
+    return error

@@ -1,4 +1,4 @@
-"""Choose and load the calibration data: what the user gave, else the model's own text, else random inputs."""
+"""Choose and load the calibration data: what the user gave, else what can be made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from awq_onnx.calibrate import companion, given, synthetic
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Arrays, Feed, Signature, complete
 from awq_onnx.calibrate.given import Calibration, Texts
-from awq_onnx.calibrate.maker import PROSE, RANDOM, Maker
+from awq_onnx.calibrate.maker import NOISY, PROSE, Maker
 from awq_onnx.errors import CalibrationError
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
@@ -24,7 +24,7 @@ HELD_OUT_SHARE = 16  # one sequence in so many is kept to measure the result wit
 @dataclass(frozen=True)
 class CalibrationData:
     """feeds: to calibrate with. held_out: to measure with, a sequence each; from `feeds` where nothing could be held
-    out. source: what they are, for people. random: whether they are mere noise.
+    out. source: what they are, for people. random: whether some of them are noise.
     """
 
     feeds: tuple[Feed, ...]
@@ -56,14 +56,14 @@ def load(
     if before is None:
         arrays, what = _whole(maker, values, what, tokenizer)
         split = _split([arrays], wanted, _held_out(recipe.samples), what, progress)
-        return replace(split, random=what == RANDOM)
+        return replace(split, random=what in NOISY)
     with open_model(before) as other:
         first = Maker.of(other, recipe, progress, tokenizer)
         arrays, what = _whole(first, values, what, tokenizer)
         progress.stage(f"Running {before.name} for the caches that the model goes on from")
         parts = companion.continued(first.session, first.wanted, opened, arrays)
     where = f"{what}, gone on from at {len(parts)} places"
-    return replace(_split(parts, wanted, _held_out(recipe.samples), where, progress), random=what == RANDOM)
+    return replace(_split(parts, wanted, _held_out(recipe.samples), where, progress), random=what in NOISY)
 
 
 def _holds_caches(values: Texts | Arrays | None) -> bool:
@@ -91,7 +91,7 @@ def _whole(
 def _self_made(maker: Maker, samples: int) -> tuple[Arrays, str]:
     batch = maker.wanted.fixed_batch
     arrays, what = maker.fill({}, samples if batch is None else max(-(-samples // batch), 2) * batch)
-    if what in (RANDOM, PROSE):
+    if what in (PROSE, *NOISY):
         or_text = ", or file.txt" if maker.wanted.takes_tokens else ""
         maker.progress.note(
             f"This is no language model that could write its own text: it is calibrated with {what}. "

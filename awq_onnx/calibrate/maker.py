@@ -33,6 +33,8 @@ from awq_onnx.store import OpenedModel, open_model
 
 RANDOM = "random inputs"
 PROSE = "short texts that come with awq-onnx"
+PROSE_AND_NOISE = f"{PROSE}, the rest of the inputs random"
+NOISY = (RANDOM, PROSE_AND_NOISE)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Maker:
         ids = prose.windows(self.opened.path, self.tokenizer, wanted.vocabulary, samples, length, exact=exact)
         if ids is None:
             return made, RANDOM
-        return self._made({**known, TOKENS: ids}, samples, ids.shape[1]), PROSE
+        known = {**known, TOKENS: ids}
+        what = PROSE_AND_NOISE if synthetic.missing(wanted, known) else PROSE
+        return self._made(known, samples, ids.shape[1]), what
 
     def with_states(self, given: Arrays, samples: int) -> Arrays:
         """`given` plus what the encoder beside the model makes, where the model wants that and there is one."""

@@ -103,6 +103,7 @@ def _run_part(
 def _validation_rows(feeds: int) -> dict[int, int]:
     """How many rows to keep for validation of which feeds: whole sequences, in H none of their other rows."""
     chosen = range(VALIDATION_EVERY // 2, feeds, VALIDATION_EVERY) or range(feeds // 2, feeds // 2 + (feeds > 1))
+    chosen = chosen[:: 1 + len(chosen) // VALIDATION_ROWS]
     return {position: VALIDATION_ROWS // len(chosen) for position in chosen}
 
 

@@ -23,14 +23,17 @@ from builders import (
     tiny_encoder,
 )
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
-from awq_onnx.calibrate import companion, data
+from awq_onnx.calibrate import companion, data, prose, segments
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Feed, signature
 from awq_onnx.errors import CalibrationError, MissingPackageError
+from awq_onnx.passes.absorb import find_groups
+from awq_onnx.passes.sites import survey
 from awq_onnx.recipe import Recipe
+from awq_onnx.statistics import InputStatistics
 from awq_onnx.store import open_model
 
 VOCABULARY = 160
@@ -318,6 +321,335 @@ def test_an_encoder_of_a_fixed_batch_gets_whole_batches_and_one_is_held_out() ->
     assert (loaded.feeds[0]["input_ids"] != loaded.held_out[0]["input_ids"]).any()
 
 
+# Where its texts start and end
+
+ENDLESS, START, END = 0, 1, 39  # ENDLESS: the padding
+CONFIG = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": ENDLESS}
+LONG = Recipe(samples=8, sequence_length=48)
+
+
+def counting_model(after_start: int, *, mask: bool = True, text: str = "input_ids") -> onnx.ModelProto:
+    """A language model of 40 tokens that surely writes t + 1 after t, and END after 38, `after_start` after START.
+
+    So what it writes after a first text is junk where `after_start` is END: no text but its start and its end.
+    """
+    builder = GraphBuilder()
+    surely = 1000.0 * np.roll(np.eye(40), 1, axis=1)
+    surely[START] = 1000.0 * np.eye(40)[after_start]
+    ids = builder.input(text, ["batch", "sequence"], np.int64)
+    x = builder.add("Gather", builder.weight(40, 32, "words"), ids)
+    if mask:
+        real = builder.input("attention_mask".join(text.split("input_ids")), ["batch", "sequence"], np.int64)
+        x = builder.add("Mul", x, builder.add("Unsqueeze", builder.cast(real, np.float32, "real"), builder.integers(2)))
+    if text != "input_ids":  # those of an encoder, which it adds up
+        other, its_mask = (
+            builder.input(name, ["batch", "encoded"], np.int64) for name in ("input_ids", "attention_mask")
+        )
+        read = builder.add("Gather", "words", builder.add("Mul", other, its_mask))
+        x = builder.add("Add", x, builder.add("ReduceSum", read, builder.integers(1), keepdims=1))
+    weak = builder.linear(builder.rms_norm(x, 32, "norm"), 32, 40, "reader")
+    logits = builder.add("Add", weak, builder.add("Gather", builder.constant(surely), ids), to="logits")
+    builder.output(logits, ["batch", "sequence", 40])
+    return builder.model()
+
+
+def beside(folder: Path, model: onnx.ModelProto, **config: Any) -> Path:
+    """The path of the model, saved beside such a config.json."""
+    written(folder / "config.json", json.dumps(config))
+    return save(model, folder / "model.onnx")
+
+
+def rows(loaded: CalibrationData, name: str) -> Array:
+    """Of all samples: (samples, length)."""
+    return np.concatenate([feed[name] for feed in loaded.all_feeds])
+
+
+def until_the_first_end(ids: Array, ends: Sequence[int] = (END,)) -> Array:
+    """Which tokens are of the first text of each sample; the first two do not end one."""
+    real = np.ones(ids.shape, bool)
+    for row, tokens in enumerate(ids.tolist()):
+        end = next((at for at, token in enumerate(tokens) if at > 1 and token in ends), len(tokens))
+        real[row, end + 1 :] = False
+    return real
+
+
+def test_the_texts_that_a_model_writes_start_as_its_config_says(tmp_path: Path) -> None:
+    ids = rows(load(beside(tmp_path, tiny_decoder(layers=1), bos_token_id=7), None), "input_ids")
+    assert ids.shape == (9, 4)
+    assert set(ids[:, 0].tolist()) == {7}
+    assert len(set(ids[:, 1].tolist())) > 4
+
+
+def test_junk_after_the_end_of_a_text_is_masked(tmp_path: Path) -> None:
+    loaded = load(beside(tmp_path, counting_model(END), **CONFIG), None, LONG)
+    ids, mask = rows(loaded, "input_ids"), rows(loaded, "attention_mask")
+    assert ids.shape == (9, 48)
+    real = until_the_first_end(ids)
+    assert 0 < real.sum() < real.size
+    np.testing.assert_array_equal(mask, real)
+    assert set(ids[~real].tolist()) == {ENDLESS}
+    assert set(ids[:, 0].tolist()) == {START}
+    assert loaded.source == "8 sequences of 48 tokens that the model wrote itself, 1 more held out to measure with"
+
+
+def test_what_is_masked_does_not_count_in_the_statistics(tmp_path: Path) -> None:
+    path = beside(tmp_path, counting_model(END), **CONFIG)
+    feeds = load(path, None, LONG).feeds
+    real = np.concatenate([feed["attention_mask"].astype(bool).reshape(-1) for feed in feeds])
+    assert 0 < real.sum() < real.size
+    x = np.concatenate([normed(path, feed).reshape(-1, 32) for feed in feeds])[real].astype(np.float64)
+    found = statistics_of(path, feeds)
+    assert found.tokens == len(x)
+    np.testing.assert_allclose(found.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def normed(path: Path, feed: Feed) -> Array:
+    """What the only MatMul of `counting_model` reads."""
+    model = onnx.load(path)
+    (reader,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    model.graph.output.append(onnx.ValueInfoProto(name=reader.input[0]))
+    return run(model, feed)[reader.input[0]]
+
+
+def statistics_of(path: Path, feeds: Sequence[Feed]) -> InputStatistics:
+    with open_model(path) as opened:
+        groups = find_groups(survey(opened.model))
+        ((_, statistics),) = (one for part in segments.collect(opened, groups, feeds) for one in part)
+    (found,) = statistics.values()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "padding"),
+    [
+        pytest.param({"bos_token_id": START, "eos_token_id": END}, END, id="none"),
+        pytest.param({**CONFIG, "pad_token_id": None}, END, id="null"),
+        pytest.param({**CONFIG, "pad_token_id": 40}, END, id="beyond the vocabulary"),
+        pytest.param({**CONFIG, "pad_token_id": 17}, 17, id="a word"),
+        pytest.param({**CONFIG, "eos_token_id": [END, 20], "pad_token_id": None}, END, id="the first of two ends"),
+        pytest.param({**CONFIG, "eos_token_id": [400, END], "pad_token_id": None}, END, id="the first end there is"),
+    ],
+)
+def test_in_the_place_of_junk_is_padding_or_the_end(tmp_path: Path, config: dict[str, Any], padding: int) -> None:
+    loaded = load(beside(tmp_path, counting_model(END), **config), None, LONG)
+    masked = rows(loaded, "attention_mask") == 0
+    assert masked.any()
+    assert set(rows(loaded, "input_ids")[masked].tolist()) == {padding}
+
+
+def test_a_text_may_end_with_any_of_several_tokens(tmp_path: Path) -> None:
+    path = beside(tmp_path, counting_model(END), **{**CONFIG, "eos_token_id": [END, 20]})
+    loaded = load(path, None, LONG)
+    ids, mask = rows(loaded, "input_ids"), rows(loaded, "attention_mask")
+    np.testing.assert_array_equal(mask, until_the_first_end(ids, (END, 20)))
+    assert {END, 20} <= set(ids[:, 2:][mask[:, 2:] == 1].tolist())
+
+
+def test_a_model_without_a_mask_keeps_all_that_it_wrote(tmp_path: Path) -> None:
+    loaded = load(beside(tmp_path, counting_model(END, mask=False), **CONFIG), None, LONG)
+    ids = rows(loaded, "input_ids")
+    assert set(loaded.feeds[0]) == {"input_ids"}
+    junk = ids[~until_the_first_end(ids)]
+    assert len(junk) > 20
+    assert set(junk.tolist()) == {START, END}
+
+
+def test_a_model_that_goes_on_after_the_end_keeps_all_that_it_wrote(tmp_path: Path) -> None:
+    loaded = load(beside(tmp_path, counting_model(20), **CONFIG), None, LONG)
+    ids = rows(loaded, "input_ids")
+    assert rows(loaded, "attention_mask").all()
+    after_end = ids[:, 1:-1] == END
+    assert after_end.sum() > 9
+    assert set(ids[:, 2:][after_end].tolist()) == {START}
+
+
+@pytest.mark.parametrize("ends", [40, [40, 1000], None, []])
+def test_an_end_that_is_none_of_the_vocabulary_ends_nothing(tmp_path: Path, ends: Any) -> None:
+    loaded = load(beside(tmp_path, counting_model(END), **{**CONFIG, "eos_token_id": ends}), None, LONG)
+    ids = rows(loaded, "input_ids")
+    assert rows(loaded, "attention_mask").all()
+    assert set(ids[:, 2:][ids[:, 1:-1] == END].tolist()) == {0}  # as the model writes it
+
+
+@pytest.mark.parametrize("start", [40, None, -1])
+def test_a_start_that_is_none_of_the_vocabulary_is_none(tmp_path: Path, start: int | None) -> None:
+    loaded = load(beside(tmp_path, counting_model(20), **{**CONFIG, "bos_token_id": start}), None, LONG)
+    ids = rows(loaded, "input_ids")
+    assert len(set(ids[:, 0].tolist())) > 4
+    assert set(ids[:, 2:][ids[:, 1:-1] == END].tolist()) == {0}
+
+
+def test_the_junk_of_a_decoder_is_masked_in_its_own_mask(tmp_path: Path) -> None:
+    """An encoder-decoder in one graph has two masks."""
+    path = beside(tmp_path, counting_model(END, text="decoder_input_ids"), **CONFIG)
+    loaded = load(path, None, LONG)
+    ids = rows(loaded, "decoder_input_ids")
+    real = until_the_first_end(ids)
+    assert not real.all()
+    np.testing.assert_array_equal(rows(loaded, "decoder_attention_mask"), real)
+    assert rows(loaded, "attention_mask").all()
+    run(path, loaded.feeds[0])
+
+
+# Text for models that cannot write it
+
+BYTES = 256
+SHORT_TEXTS = "short texts that come with awq-onnx"
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    """One that knows any text: a token a byte, nothing around it."""
+    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def pieces(folder: Path, samples: int = 9, length: int = 4, *, exact: bool = False) -> list[tuple[int, ...]]:
+    """The windows of the prose with the tokenizer in this folder."""
+    found = prose.windows(None, folder, BYTES, samples, length, exact=exact)
+    assert found is not None
+    return [tuple(row) for row in found.tolist()]
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """An encoder with its tokenizer beside it."""
+    write_byte_tokenizer(tmp_path)
+    return save(tiny_encoder(vocabulary=BYTES), tmp_path / "model.onnx")
+
+
+def test_an_encoder_beside_a_tokenizer_reads_the_prose_and_the_user_is_told(encoder: Path) -> None:
+    listener = Listener()
+    loaded = load(encoder, None, progress=listener)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(encoder.parent)
+    assert loaded.feeds[0]["attention_mask"].all()
+    assert loaded.source == f"8 {SHORT_TEXTS}, 1 more held out to measure with"
+    assert not loaded.random
+    assert listener.notes == [
+        "This is no language model that could write its own text: it is calibrated with short texts that come with "
+        "awq-onnx. Inputs of your own (--calibration data.npz, or file.txt) give a better model."
+    ]
+    run(encoder, loaded.feeds[0])
+
+
+def test_an_encoder_with_logits_reads_the_prose_too(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    path = save(tiny_decoder(layers=1, causal=False, vocabulary=BYTES), tmp_path / "model.onnx")
+    assert load(path, None).source.startswith(f"8 {SHORT_TEXTS}")
+
+
+def test_an_encoder_without_a_tokenizer_gets_random_tokens_and_the_user_is_told(encoder: Path) -> None:
+    (encoder.parent / "tokenizer.json").unlink()
+    listener = Listener()
+    loaded = load(encoder, None, progress=listener)
+    assert loaded.random
+    assert loaded.source == "8 random inputs, 1 more held out to measure with"
+    assert any("it is calibrated with random inputs" in note for note in listener.notes)
+
+
+def test_an_encoder_whose_tokenizer_knows_none_of_our_words_gets_random_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    assert load(save(tiny_encoder(vocabulary=VOCABULARY), tmp_path / "model.onnx"), None).random
+
+
+def test_an_encoder_of_fewer_tokens_than_its_tokenizer_gets_random_ones(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    loaded = load(save(tiny_encoder(vocabulary=40), tmp_path / "model.onnx"), None)
+    assert loaded.random
+    assert max(map(max, sequences(loaded.feeds))) < 40
+
+
+def test_a_tokenizer_that_is_named_makes_the_prose_readable(tmp_path: Path) -> None:
+    (tmp_path / "named").mkdir()
+    folder = write_byte_tokenizer(tmp_path / "named")
+    path = save(tiny_encoder(vocabulary=BYTES), tmp_path / "model.onnx")
+    loaded = load(path, None, tokenizer=folder)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(folder)
+    assert load(path, None).random
+
+
+def test_a_named_tokenizer_that_is_not_there_is_told_where_it_is_wanted(encoder: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"no tokenizer\.json in .*missing"):
+        load(encoder, None, tokenizer=encoder.parent / "missing")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(np.arange(40).reshape(10, 4), id="ids"),
+        pytest.param({"input_ids": np.arange(40).reshape(10, 4)}, id="arrays"),
+        pytest.param(["a text of the user's own, long enough for a few windows"], id="text"),
+    ],
+)
+def test_what_is_given_is_not_random(encoder: Path, given: Calibration) -> None:
+    loaded = load(encoder, given)
+    assert not loaded.random
+    assert "given" in loaded.source
+    assert not set(sequences(loaded.feeds)) & set(pieces(encoder.parent))
+
+
+def test_what_a_model_wrote_itself_is_not_random(decoder: onnx.ModelProto) -> None:
+    assert not load(decoder, None).random
+
+
+def test_random_numbers_are_random(floats: Path) -> None:
+    assert load(floats, None).random
+    assert not load(floats, np.random.default_rng(0).standard_normal((10, 3, 64))).random
+
+
+def test_an_encoder_of_a_fixed_length_reads_as_many_tokens(encoder: Path) -> None:
+    fixed_length(encoder, 12)
+    loaded = load(encoder, None)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(encoder.parent, length=12)
+    run(encoder, loaded.feeds[0])
+
+
+def test_a_fixed_length_is_kept_where_the_prose_is_too_short_for_every_sample(encoder: Path) -> None:
+    fixed_length(encoder, 4000)
+    loaded = load(encoder, None)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(encoder.parent, length=4000, exact=True)
+    assert not loaded.random
+
+
+def test_a_free_length_is_shorter_where_the_prose_is_too_short_for_every_sample(encoder: Path) -> None:
+    loaded = load(encoder, None, Recipe(samples=8, sequence_length=4000))
+    expected = pieces(encoder.parent, length=4000)
+    assert len(expected[0]) < 4000
+    assert sequences([*loaded.feeds, *loaded.held_out]) == expected
+    run(encoder, loaded.feeds[0])
+
+
+def test_a_fixed_length_beyond_all_of_the_prose_is_filled_with_random_tokens(encoder: Path) -> None:
+    fixed_length(encoder, 20_000)
+    loaded = load(encoder, None, Recipe(samples=1, sequence_length=4))
+    assert loaded.feeds[0]["input_ids"].shape == (1, 20_000)
+    assert loaded.random
+
+
+def fixed_length(path: Path, length: int) -> None:
+    model = onnx.load(path)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = length
+    save(model, path)
+
+
+def test_an_encoder_of_a_fixed_batch_reads_whole_batches_of_the_prose(encoder: Path) -> None:
+    model = onnx.load(encoder)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 6
+    loaded = load(save(model, encoder), None, Recipe(samples=2, sequence_length=4))
+    assert [len(feed["input_ids"]) for feed in (*loaded.feeds, *loaded.held_out)] == [6, 6]
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(encoder.parent, 12)
+
+
+def test_the_prose_is_no_longer_than_the_positions_that_the_model_knows(encoder: Path) -> None:
+    save(tiny_encoder(vocabulary=BYTES, positions=11), encoder)
+    loaded = load(encoder, None, Recipe(samples=8, sequence_length=100))
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(encoder.parent, length=6)
+    run(encoder, loaded.feeds[0])
+
+
 # Lengths
 
 
@@ -355,14 +687,14 @@ def test_a_model_that_runs_on_no_length_is_told_with_what_was_tried(tmp_path: Pa
 # Pictures
 
 
-def picture_model(**axes: int) -> onnx.ModelProto:
+def picture_model(words: int = 50, **axes: int) -> onnx.ModelProto:
     """Ids and a picture in, as CLIP has them; a vector of each out."""
     builder = GraphBuilder()
     ids = builder.input("input_ids", ["text_batch", "sequence"], np.int64)
     dims: list[int | str] = [axes.get(name, name) for name in ("image_batch", "channels", "height", "width")]
     pixels = builder.input("pixel_values", dims)
-    words = builder.add("Gather", builder.weight(50, 8, "words"), ids)
-    texts = builder.add("ReduceMean", words, builder.integers(1), keepdims=0)
+    vectors = builder.add("Gather", builder.weight(words, 8, "words"), ids)
+    texts = builder.add("ReduceMean", vectors, builder.integers(1), keepdims=0)
     builder.output(builder.add("Identity", texts, to="text_embeds"), ["text_batch", 8])
     flat = builder.add("Reshape", pixels, builder.integers(0, 3 * 6 * 6))
     builder.output(builder.linear(flat, 3 * 6 * 6, 8, "patch"), ["image_batch", 8])
@@ -387,6 +719,19 @@ def test_of_a_pair_one_may_be_given_and_the_user_is_told_what_was_made_up(tmp_pa
     assert loaded.feeds[0]["input_ids"].shape == (4, 4)
     np.testing.assert_array_equal(loaded.feeds[0]["pixel_values"], pixels[:4].astype(np.float32))
     assert "Not in the calibration data, and made up: input_ids." in listener.notes
+
+
+def test_of_a_pair_the_text_is_the_prose_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    written(tmp_path / "config.json", '{"vision_config": {"image_size": 6}}')
+    write_byte_tokenizer(tmp_path)
+    path = save(picture_model(words=BYTES), tmp_path / "model.onnx")
+    loaded = load(path, None)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(tmp_path)
+    assert loaded.feeds[0]["pixel_values"].shape == (4, 3, 6, 6)
+    pixels = np.random.default_rng(0).standard_normal((9, 3, 6, 6)).astype(np.float32)
+    loaded = load(path, {"pixel_values": pixels})
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(tmp_path)
+    np.testing.assert_array_equal(rows(loaded, "pixel_values"), pixels)
 
 
 def test_pictures_of_unknown_size_are_refused(tmp_path: Path) -> None:
@@ -424,6 +769,46 @@ def test_the_encoder_reads_the_text_that_was_given(pair: Path) -> None:
     feed = load(pair / "decoder_model.onnx", ids).feeds[0]
     encoded = run(pair / "encoder_model.onnx", {"input_ids": ids[:4], "attention_mask": np.ones_like(ids[:4])})
     np.testing.assert_allclose(feed["encoder_hidden_states"], encoded["last_hidden_state"], rtol=1e-3, atol=1e-5)
+
+
+def test_the_encoder_reads_the_prose_where_there_is_a_tokenizer(pair: Path) -> None:
+    write_byte_tokenizer(pair)
+    encoder = save(tiny_encoder(vocabulary=BYTES), pair / "encoder_model.onnx")
+    ids = np.array(pieces(pair))
+    states = run(encoder, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["last_hidden_state"]
+    loaded = load(pair / "decoder_model.onnx", None)
+    np.testing.assert_allclose(rows(loaded, "encoder_hidden_states"), states, rtol=1e-3, atol=1e-5)
+    assert "that the model wrote itself" in loaded.source
+    assert not loaded.random
+
+
+def test_the_encoder_reads_the_prose_before_a_decoder_that_goes_on(pair: Path) -> None:
+    write_byte_tokenizer(pair)
+    encoder = save(tiny_encoder(vocabulary=BYTES), pair / "encoder_model.onnx")
+    ids = np.array(pieces(pair))[:4]
+    states = run(encoder, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["last_hidden_state"]
+    feed = load(pair / "decoder_with_past_model.onnx", None).feeds[0]
+    np.testing.assert_allclose(feed["past_key_values.0.encoder.key"], states[:, None], rtol=1e-3, atol=1e-5)
+
+
+def test_the_encoder_beside_a_decoder_reads_as_much_of_the_prose_as_it_takes(pair: Path) -> None:
+    write_byte_tokenizer(pair)
+    encoder = save(tiny_encoder(vocabulary=BYTES), pair / "encoder_model.onnx")
+    fixed_length(encoder, 7)
+    ids = np.array(pieces(pair, length=7))
+    states = run(encoder, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["last_hidden_state"]
+    loaded = load(pair / "decoder_model.onnx", None)
+    np.testing.assert_allclose(rows(loaded, "encoder_hidden_states"), states, rtol=1e-3, atol=1e-5)
+
+
+def test_the_encoder_reads_the_prose_with_the_tokenizer_that_is_named(pair: Path) -> None:
+    (pair / "named").mkdir()
+    folder = write_byte_tokenizer(pair / "named")
+    encoder = save(tiny_encoder(vocabulary=BYTES), pair / "encoder_model.onnx")
+    ids = np.array(pieces(folder))
+    states = run(encoder, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["last_hidden_state"]
+    loaded = load(pair / "decoder_model.onnx", None, tokenizer=folder)
+    np.testing.assert_allclose(rows(loaded, "encoder_hidden_states"), states, rtol=1e-3, atol=1e-5)
 
 
 def test_states_that_were_given_are_kept(pair: Path) -> None:

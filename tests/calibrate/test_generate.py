@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import Array, decoder_feed, gated_mlp, run, tiny_cross_decoder, tiny_decoder
+from builders import Array, GraphBuilder, decoder_feed, gated_mlp, run, tiny_cross_decoder, tiny_decoder
 
 from awq_onnx import runtime
 from awq_onnx.calibrate import feeds, generate
 from awq_onnx.calibrate.feeds import Signature, signature, token_feed
+from awq_onnx.calibrate.generate import UNBOUNDED, Bounds, written_well
 from awq_onnx.errors import RuntimeFailedError
 from awq_onnx.progress import unheard
 
@@ -22,9 +23,11 @@ def running(model: onnx.ModelProto) -> tuple[Any, Signature]:
     return runtime.session(model.SerializeToString(), Path()), signature(ir.from_proto(model).graph)
 
 
-def written(model: onnx.ModelProto, *, samples: int = 3, length: int = 12, seed: int = 0) -> Array:
+def written(
+    model: onnx.ModelProto, *, samples: int = 3, length: int = 12, seed: int = 0, bounds: Bounds = UNBOUNDED
+) -> Array:
     session, wanted = running(model)
-    return generate.generate(session, wanted, samples, length, seed, unheard)
+    return generate.generate(session, wanted, samples, length, seed, unheard, bounds=bounds)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,188 @@ def test_a_failure_of_onnxruntime_is_told(decoder: onnx.ModelProto) -> None:
     feed = token_feed(wanted, np.array([[10_000]]), caches.past())
     with pytest.raises(RuntimeFailedError, match="while generating text"):
         caches.step(session, feed)
+
+
+# Where texts start and end
+
+
+def counting(vocabulary: int) -> onnx.ModelProto:
+    """A language model that surely writes t + 1 after t, and 0 after the last token."""
+    builder = GraphBuilder()
+    ids = builder.input("input_ids", ["batch", "sequence"], np.int64)
+    table = builder.constant(200.0 * np.roll(np.eye(vocabulary), 1, axis=1))
+    builder.output(builder.add("Gather", table, ids, to="logits"), ["batch", "sequence", vocabulary])
+    return builder.model()
+
+
+def counted_on(ids: Array, vocabulary: int) -> Array:
+    """The tokens (samples, length - 1) that the model `counting` would write after these."""
+    return (ids[:, :-1] + 1) % vocabulary
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_every_text_starts_with_the_start_token_and_goes_on_with_any(cache: bool) -> None:
+    ids = written(tiny_decoder(cache=cache, layers=1), samples=12, length=4, bounds=Bounds(start=7))
+    assert set(ids[:, 0].tolist()) == {7}
+    assert len(set(ids[:, 1].tolist())) > 6
+
+
+def test_the_token_after_the_start_is_any_of_the_vocabulary_whatever_the_model_would_write() -> None:
+    ids = written(counting(5), samples=200, length=2, bounds=Bounds(start=3))
+    assert sorted(set(ids[:, 1].tolist())) == [0, 1, 2, 3, 4]
+    assert np.bincount(ids[:, 1]).min() > 20  # 40 are expected
+
+
+def test_after_these_two_the_model_chooses() -> None:
+    ids = written(counting(9), samples=8, length=20, bounds=Bounds(start=3, ends=(100,)))
+    np.testing.assert_array_equal(ids[:, 2:], counted_on(ids[:, 1:], 9))
+
+
+def test_where_a_text_ends_the_next_one_starts_and_the_model_goes_on_from_there() -> None:
+    """The tokens 6, 7 and 8 are for nobody: the model never gets there."""
+    ids = written(counting(9), samples=8, length=20, bounds=Bounds(start=2, ends=(5,)))
+    after_end = ids[:, 1:-1] == 5
+    assert after_end.sum() > 8
+    np.testing.assert_array_equal(ids[:, 2:], np.where(after_end, 2, counted_on(ids[:, 1:], 9)))
+
+
+def test_any_of_several_tokens_ends_a_text() -> None:
+    ids = written(counting(9), samples=20, length=20, bounds=Bounds(start=2, ends=(5, 8)))
+    after_end = np.isin(ids[:, 1:-1], (5, 8))
+    assert {5, 8} <= set(ids[:, 1:-1].ravel().tolist())
+    np.testing.assert_array_equal(ids[:, 2:], np.where(after_end, 2, counted_on(ids[:, 1:], 9)))
+
+
+@pytest.mark.parametrize("ends", [(3,), (3, 6)])
+def test_where_the_start_token_ends_texts_too_the_model_goes_on_from_the_end_itself(ends: tuple[int, ...]) -> None:
+    ids = written(counting(9), samples=8, length=20, bounds=Bounds(start=3, ends=ends))
+    assert set(ids[:, 0].tolist()) == {3}
+    np.testing.assert_array_equal(ids[:, 2:], counted_on(ids[:, 1:], 9))
+
+
+def test_a_decoder_with_a_cache_starts_texts_after_ends_too(decoder: onnx.ModelProto) -> None:
+    ends = tuple(range(100, 140))
+    ids = written(decoder, samples=6, length=20, bounds=Bounds(start=7, ends=ends))
+    ended = np.isin(ids[:, 1:-1], ends)
+    assert ended.sum() > 6
+    assert set(ids[:, 2:][ended].tolist()) == {7}
+    assert len(set(ids[:, 2:][~ended].tolist())) > 20
+
+
+def test_the_cache_changes_no_token_of_bounded_texts(
+    decoder: onnx.ModelProto, decoder_without_cache: onnx.ModelProto
+) -> None:
+    bounds = Bounds(start=7, ends=tuple(range(40, 60)))
+    expected = written(decoder_without_cache, length=20, bounds=bounds)
+    np.testing.assert_array_equal(written(decoder, length=20, bounds=bounds), expected)
+
+
+def test_every_group_of_sequences_is_bounded(decoder: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "CACHE_BUDGET_BYTES", 2 * 12_288)
+    ids = written(decoder, samples=7, bounds=Bounds(start=7))
+    assert ids[:, 0].tolist() == [7] * 7
+    assert len(set(ids[:, 1].tolist())) > 3
+
+
+@pytest.mark.parametrize("bounds", [Bounds(), Bounds(ends=(5, 6))])
+def test_without_a_start_token_every_token_but_the_first_is_the_models_choice(bounds: Bounds) -> None:
+    ids = written(counting(9), samples=40, length=20, bounds=bounds)
+    assert set(ids[:, 0].tolist()) == set(range(9))
+    np.testing.assert_array_equal(ids[:, 1:], counted_on(ids, 9))
+
+
+def test_ends_without_a_start_change_nothing(decoder: onnx.ModelProto) -> None:
+    np.testing.assert_array_equal(written(decoder, bounds=Bounds(ends=tuple(range(100)))), written(decoder))
+
+
+def test_one_token_is_the_start() -> None:
+    assert written(counting(9), samples=3, length=1, bounds=Bounds(start=3)).tolist() == [[3]] * 3
+
+
+# What to use of it
+
+START, WORD, END, OTHER_END = 0, 1, 2, 3
+BOUNDS = Bounds(START, (END,))
+ENDS_AT_ONCE = [0] * 20
+
+
+def sample(*words: int, length: int = 64, end: int = END) -> Array:
+    """Texts of so many words, each after a start and before an end, the last one cut off or gone on with."""
+    ids = [token for count in words for token in [START, *[WORD] * count, end]]
+    return np.array((ids + [WORD] * length)[:length])
+
+
+def used(*samples: Array, bounds: Bounds = BOUNDS) -> list[list[bool]]:
+    answer: list[list[bool]] = written_well(np.stack(samples), bounds).tolist()
+    return answer
+
+
+def first_only(tokens: int, length: int = 64) -> list[bool]:
+    return [True] * tokens + [False] * (length - tokens)
+
+
+@pytest.mark.parametrize("later", [[14, 14, 14], [9, 9, 9, 9], [30]])
+def test_later_texts_that_are_about_as_long_are_used(later: list[int]) -> None:
+    assert used(sample(14, *later)) == [[True] * 64]
+
+
+def test_later_texts_that_are_shorter_and_yet_texts_are_used() -> None:
+    assert used(sample(46, 14), sample(46, 14)) == [[True] * 64] * 2
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_of_texts_that_end_at_once_after_the_first_only_that_one_is_used(later: int) -> None:
+    assert used(sample(14, *[later] * 20)) == [first_only(16)]  # its start and its end are in
+
+
+def test_what_is_used_ends_with_the_first_end_of_each_sample() -> None:
+    """The last one did not end."""
+    samples = [sample(words, *ENDS_AT_ONCE) for words in (14, 30)]
+    assert used(*samples, sample(100)) == [first_only(16), first_only(32), [True] * 64]
+
+
+def test_a_few_texts_that_end_at_once_among_many_that_do_not_take_nothing_away() -> None:
+    samples = [sample(14, 14, 14, 14) for _ in range(7)]
+    assert used(*samples, sample(14, 0, 14, 14)) == [[True] * 64] * 8
+
+
+@pytest.mark.parametrize("bounds", [BOUNDS, Bounds(START), Bounds()])
+def test_all_is_used_where_nothing_ended(bounds: Bounds) -> None:
+    assert used(sample(100), sample(100), bounds=bounds) == [[True] * 64] * 2
+
+
+def test_ends_of_no_text_are_words() -> None:
+    assert used(sample(14, *ENDS_AT_ONCE), bounds=Bounds(START, (99,))) == [[True] * 64]
+
+
+def test_the_first_of_several_ends_counts() -> None:
+    bounds = Bounds(START, (END, OTHER_END))
+    other = sample(20, *ENDS_AT_ONCE, end=OTHER_END)
+    assert used(sample(14, *ENDS_AT_ONCE), other, bounds=bounds) == [first_only(16), first_only(22)]
+
+
+def test_long_texts_are_used_whichever_token_ends_them() -> None:
+    bounds = Bounds(START, (END, OTHER_END))
+    samples = [sample(14, 14, 14, 14, end=end) for end in bounds.ends]
+    assert used(*samples, bounds=bounds) == [[True] * 64] * 2
+
+
+@pytest.mark.parametrize("tokens", [[END, WORD], [START, END], [END, END]])
+def test_the_tokens_that_the_model_did_not_choose_end_no_text(tokens: list[int]) -> None:
+    ids = sample(14, *ENDS_AT_ONCE)
+    ids[:2] = tokens
+    assert used(ids) == [first_only(16)]
+
+
+def test_a_token_that_starts_and_ends_texts_may_come_over_and_over() -> None:
+    """As from a model that writes nothing but that token after the end of its text."""
+    ids = np.array([END] + [WORD] * 20 + [END] * 43)
+    assert used(ids, bounds=Bounds(END, (END,))) == [first_only(22)]
+
+
+def test_a_token_between_texts_that_goes_on_is_used() -> None:
+    ids = np.array([[END] + [WORD] * 15] * 4).reshape(-1)
+    assert used(ids, bounds=Bounds(END, (END,))) == [[True] * 64]
 
 
 # What can write

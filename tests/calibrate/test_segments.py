@@ -14,7 +14,7 @@ from builders import Array, GraphBuilder, decoder_feed, gated_mlp, run, tiny_dec
 from awq_onnx.calibrate import segments
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
-from awq_onnx.statistics import Accumulator, InputStatistics
+from awq_onnx.statistics import InputStatistics
 from awq_onnx.store import OpenedModel, open_model
 
 Feed = dict[str, Array]
@@ -264,10 +264,65 @@ def test_any_graph_is_cut(middle: Callable[[GraphBuilder, str], str], flag: bool
         assert_statistics_of(found[name], rows_of(values))
 
 
-def test_rows_with_nan_are_left_out_and_counted() -> None:
-    rows = np.ones((4, 3), np.float32)
-    rows[1, 2] = np.nan
-    accumulator = Accumulator(3)
-    accumulator.update(rows)
-    assert accumulator.spoiled_rows == 1
-    assert accumulator.finish().tokens == 3
+# Rows for validation
+
+
+@pytest.mark.parametrize(
+    ("feeds", "chosen"),
+    [
+        (1, []),
+        (2, [1]),
+        (3, [1]),
+        (4, [2]),
+        (5, [4]),
+        (7, [4]),
+        (8, [4]),
+        (12, [4]),
+        (13, [4, 12]),
+        (16, [4, 12]),
+        (100, [4, 12, 20, 28, 36, 44, 52, 60, 68, 76, 84, 92]),
+    ],
+)
+def test_one_feed_in_eight_is_for_validation_and_never_the_only_one(feeds: int, chosen: list[int]) -> None:
+    assert list(segments._validation_rows(feeds)) == chosen
+
+
+@pytest.mark.parametrize("feeds", [1, 2, 7, 8, 16, 100, 1000])
+def test_the_feeds_for_validation_share_the_rows_that_are_kept(feeds: int) -> None:
+    counts = segments._validation_rows(feeds).values()
+    assert sum(counts) <= segments.VALIDATION_ROWS
+    assert len(set(counts)) <= 1
+    assert feeds == 1 or sum(counts) > segments.VALIDATION_ROWS - len(counts)
+
+
+@pytest.mark.parametrize("budget_bytes", [1, segments.BUDGET_BYTES])
+def test_whole_feeds_are_kept_for_validation_and_the_same_for_every_input(budget_bytes: int) -> None:
+    model = tiny_decoder()
+    feeds = [decoder_feed(model, IDS[at : at + 2]) for at in (0, 2, 4)]
+    kept = tapped(model, feeds[1])
+    for name, one in collected(model, feeds, budget_bytes).items():
+        assert one.validation is not None
+        np.testing.assert_allclose(one.validation, rows_of(kept[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_long_feed_for_validation_few_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "VALIDATION_ROWS", 6)
+    model = tiny_decoder()
+    for one in collected(model, [decoder_feed(model, IDS[:4]), decoder_feed(model, IDS[4:])]).values():
+        assert one.validation is not None
+        assert len(one.validation) == 6  # every third of 18
+        assert one.tokens == 36 + 6
+
+
+def test_padding_is_not_kept_for_validation() -> None:
+    model = tiny_decoder()
+    feeds = [decoder_feed(model, IDS[:2]), decoder_feed(model, IDS[2:4])]
+    feeds[1]["attention_mask"][1, 4:] = 0
+    for one in collected(model, feeds).values():
+        assert one.validation is not None
+        assert len(one.validation) == 13
+
+
+def test_one_feed_alone_leaves_nothing_for_validation() -> None:
+    model = tiny_decoder()
+    assert all(one.validation is None for one in collected(model, [decoder_feed(model, IDS)]).values())

@@ -1,0 +1,337 @@
+"""Codes on their grids: never worse than plain rounding, and with the errors that were reported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from builders import FLOAT32, PLAIN, Array, activations, every_format, plain_error, read_by, statistics_of, weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from awq_onnx import codec, compensate, rounding, search, threads
+from awq_onnx.codec import Format
+from awq_onnx.kernels import reference
+from awq_onnx.rounding import Rounded
+from awq_onnx.search import Reader, ScaleLimits
+from awq_onnx.statistics import InputStatistics
+
+property_test = settings(max_examples=50, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def shipped_weight(rounded: Rounded, scale: Array, fmt: Format) -> Array:
+    """The weight that x, not x / s, meets: from the bytes of the file, float64 (K, N)."""
+    scales: Array = codec.pack_scales(rounded.grid.scales, fmt.scale_dtype)
+    restored = reference.dequantize(
+        codec.pack(rounded.centred, rounded.grid),
+        scales,
+        None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points),
+        scale.size,
+    )
+    weight: Array = restored.T.astype(np.float64) / scale[:, None]
+    return weight
+
+
+def compensated(rng: np.random.Generator, K: int, *, outliers: int = 0) -> InputStatistics:
+    """An input whose correlations its validation rows confirm."""
+    x = activations(rng, K, T=384, outliers=outliers)
+    statistics = statistics_of(x[:256], x[256:])
+    assert compensate.find(statistics, np.ones(K, np.float32)) is not None
+    return statistics
+
+
+# The weights of an input
+
+
+@every_format
+@property_test
+@given(
+    seed=seeds,
+    K=st.sampled_from([20, 32, 50, 96]),
+    wildness=st.sampled_from([0, 0.5, 3]),
+    validation=st.sampled_from([None, 16]),
+)
+def test_no_group_ends_worse_than_plain_rounding(
+    fmt: Format, seed: int, K: int, wildness: float, validation: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = activations(rng, K, T=48, outliers=1)
+    statistics = statistics_of(x) if validation is None else statistics_of(x[validation:], x[:validation])
+    scale = np.exp(wildness * rng.standard_normal(K)).astype(np.float32)
+    weights = [weight(rng, K, 5), weight(rng, K, 3) ** 3]
+    kept, rounded = rounding.round_group(read_by(statistics, *weights), scale, fmt)
+    assert sum(one.loss for one in rounded) <= sum(one.plain_loss for one in rounded)
+    for w, one in zip(weights, rounded, strict=True):
+        plain = plain_error(w, np.ones(K, np.float32), fmt)
+        assert one.plain_loss == pytest.approx(statistics.loss(plain), rel=1e-4)
+    assert np.array_equal(kept, scale) or (kept == 1).all()
+
+
+@every_format
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_a_weight_on_its_grid_stays_as_it_is(fmt: Format, strength: float) -> None:
+    """Plain rounding loses nothing here, so whatever a scale or a refit would change is a loss."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (64, 6))
+    codes[::16], codes[1::16] = -8, 7
+    w = (codes * 0.25).astype(np.float32)
+    scale = np.exp(strength * rng.standard_normal(64)).astype(np.float32)
+    kept, (rounded,) = rounding.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
+    assert rounded.plain_loss == 0
+    assert rounded.loss == 0
+    np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
+
+
+def test_one_weight_that_a_scale_would_ruin_does_not_cost_the_others_their_refit() -> None:
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(activations(rng, 64))
+    on_grid = (rng.integers(-8, 8, (64, 6)) * 0.25).astype(np.float32)
+    on_grid[::16], on_grid[1::16] = -2, 1.75
+    scale = np.exp(3 * rng.standard_normal(64)).astype(np.float32)
+    kept, (first, second) = rounding.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
+    assert (kept == 1).all()
+    assert first.loss == 0
+    assert second.loss < 0.97 * second.plain_loss
+
+
+@every_format
+@pytest.mark.parametrize("K", [128, 50, 20])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("compensate_too", [True, False])
+def test_the_error_that_is_reported_is_the_error_that_ships(
+    fmt: Format, K: int, scaled: bool, compensate_too: bool
+) -> None:
+    rng = np.random.default_rng(K)
+    w = weight(rng, K, 9)
+    statistics = compensated(rng, K, outliers=2) if compensate_too else statistics_of(activations(rng, K, outliers=2))
+    scale = search.candidate_scale(statistics.act_mean, 0.3, ScaleLimits()) if scaled else np.ones(K, np.float32)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    error = shipped_weight(rounded, scale, fmt) - w
+    H = statistics.second_moment.astype(np.float64)
+    assert rounded.loss == pytest.approx(np.vdot(error, H @ error), rel=1e-5)
+    assert rounded.energy == pytest.approx(np.vdot(w, H @ w), rel=1e-5)
+    if not scaled:
+        assert rounded.plain_loss == pytest.approx(statistics.loss(plain_error(w, scale, fmt)), rel=1e-5)
+
+
+@every_format
+def test_a_scaled_and_refitted_weight_is_clearly_better_than_a_plain_one(fmt: Format) -> None:
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(activations(rng, 128, outliers=3))
+    w = weight(rng, 128, 32)
+    choice = search.search_scale(read_by(statistics, w), fmt)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w), choice.scale, fmt)
+    np.testing.assert_array_equal(scale, choice.scale)
+    assert rounded.loss < 0.4 * rounded.plain_loss
+
+
+@every_format
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_compensation_helps_on_rows_that_calibration_never_saw(fmt: Format, alpha: float) -> None:
+    rng = np.random.default_rng(0)
+    x = activations(rng, 128, T=1024)
+    statistics = statistics_of(x[:256], x[256:512])
+    w = weight(rng, 128, 32)
+    wanted = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
+    losses = []
+    for one in (statistics, replace(statistics, validation=None)):
+        scale, (rounded,) = rounding.round_group(read_by(one, w), wanted, fmt)
+        np.testing.assert_array_equal(scale, wanted)
+        losses.append(np.square(x[512:] @ (shipped_weight(rounded, scale, fmt) - w)).sum())
+    assert losses[0] < 0.5 * losses[1]
+
+
+@every_format
+def test_without_correlations_validation_rows_change_nothing(fmt: Format) -> None:
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(*rng.standard_normal((2, 20, 96)).astype(np.float32))
+    w, scale = weight(rng, 96, 8), np.ones(96, np.float32)
+    _, (first,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    _, (second,) = rounding.round_group(read_by(replace(statistics, validation=None), w), scale, fmt)
+    np.testing.assert_array_equal(first.centred, second.centred)
+    np.testing.assert_array_equal(first.grid.scales, second.grid.scales)
+
+
+def test_every_weight_is_compensated_as_its_own_input_wants() -> None:
+    """Experts of one group: each sees its own rows."""
+    rng = np.random.default_rng(0)
+    inputs = [compensated(rng, 64), statistics_of(activations(rng, 64)), compensated(rng, 64)]
+    readers = [Reader(weight(rng, 64, 8), one) for one in inputs]
+    scale = np.ones(64, np.float32)
+    _, together = rounding.round_group(readers, scale, PLAIN)
+    for reader, one in zip(readers, together, strict=True):
+        _, (alone,) = rounding.round_group([reader], scale, PLAIN)
+        np.testing.assert_array_equal(one.centred, alone.centred)
+
+
+# The grid
+
+
+def weighted_error(blocks: Array, h: Array, centred: Array, grid: codec.Grid) -> Array:
+    """sum h e^2 of every block: float64 (G, N)."""
+    error = codec.dequantize(centred, grid).astype(np.float64) - blocks
+    return np.asarray((h * error**2).sum(axis=1))
+
+
+@st.composite
+def blocks_and_costs(draw: st.DrawFn, block_size: int) -> tuple[Array, Array]:
+    """Weights (G, b, N) of many kinds, and what an error on each row costs (G, b, 1)."""
+    rng = np.random.default_rng(draw(seeds))
+    G, N = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    blocks = rng.standard_normal((G, block_size, N)) ** draw(st.sampled_from([1, 2, 3, 5]))
+    blocks *= rng.random(blocks.shape) < draw(st.sampled_from([0.05, 0.5, 1]))
+    blocks = (blocks * draw(st.sampled_from([1e-3, 1, 1e3]))).astype(np.float32)
+    if draw(st.booleans()):
+        blocks = np.rint(blocks * 4) / 4
+    h = np.exp(draw(st.sampled_from([0, 1, 4])) * rng.standard_normal((G, block_size, 1)))
+    h *= rng.random(h.shape) < draw(st.sampled_from([0.1, 1]))
+    return blocks, h.astype(np.float32)
+
+
+@every_format
+@property_test
+@given(data=st.data())
+def test_a_refit_never_costs_more_than_the_plain_grid(fmt: Format, data: st.DataObject) -> None:
+    blocks, h = data.draw(blocks_and_costs(fmt.block_size))
+    plain = codec.minmax_grid(blocks, fmt)
+    before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain)
+    after = weighted_error(blocks, h, *rounding.refit(blocks, h, fmt))
+    energy = (h * blocks.astype(np.float64) ** 2).sum(axis=1)  # refit compares in single precision
+    assert (after <= before * (1 + 1e-5) + 2e-6 * energy).all()
+
+
+@every_format
+@property_test
+@given(data=st.data())
+def test_a_refitted_grid_can_be_stored(fmt: Format, data: st.DataObject) -> None:
+    blocks, h = data.draw(blocks_and_costs(fmt.block_size))
+    centred, grid = rounding.refit(blocks, h, fmt)
+    codes = centred + grid.zero_points[:, None, :]
+    assert ((codes >= 0) & (codes <= 15) & (codes % 1 == 0)).all()
+    assert not fmt.symmetric or (grid.zero_points == 8).all()
+    stored = codec.pack_scales(grid.scales, fmt.scale_dtype).astype(np.float32)
+    np.testing.assert_array_equal(stored.T, grid.scales)
+    assert np.isfinite(stored).all()
+    assert (stored != 0).all()
+
+
+@every_format
+def test_a_refit_gains_on_normal_weights(fmt: Format) -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((4, fmt.block_size, 50)).astype(np.float32)
+    h = np.ones((4, fmt.block_size, 1), np.float32)
+    plain = codec.minmax_grid(blocks, fmt)
+    before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain).sum()
+    assert weighted_error(blocks, h, *rounding.refit(blocks, h, fmt)).sum() < 0.93 * before
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_dead_channels_leave_losses_finite(outliers: int) -> None:
+    rng = np.random.default_rng(0)
+    x = activations(rng, 64, T=384, outliers=outliers)
+    x[:, [0, 17, 40]] = 0
+    for statistics in (statistics_of(x), statistics_of(x[:256], x[256:])):
+        for alpha in (0, 0.5, 1):
+            scale = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
+            _, (rounded,) = rounding.round_group(read_by(statistics, weight(rng, 64, 8)), scale, PLAIN)
+            assert np.isfinite([rounded.loss, rounded.plain_loss]).all()
+            assert np.isfinite(rounded.centred).all()
+
+
+@every_format
+def test_a_weight_whose_input_was_dead_in_calibration_is_rounded_plainly(fmt: Format) -> None:
+    """No error costs anything there (an expert that no token reached), but it may wake up later."""
+    rng = np.random.default_rng(0)
+    w = weight(rng, 64, 8)
+    scale, (rounded,) = rounding.round_group(read_by(statistics_of(np.zeros((4, 64))), w), np.ones(64, np.float32), fmt)
+    plain = w + plain_error(w, scale, fmt)
+    np.testing.assert_allclose(shipped_weight(rounded, scale, fmt), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [1e-12, 1e-25, 1e-37])
+def test_weights_that_decayed_to_almost_nothing_stay_almost_nothing(symmetric: bool, size: float) -> None:
+    """Squares of such weights underflow in single precision, and scales below the smallest normal become 1."""
+    rng = np.random.default_rng(0)
+    w = (rng.uniform(-15, 15, (64, 8)) * size).astype(np.float32)
+    fmt = Format(32, symmetric, FLOAT32)
+    scale, (rounded,) = rounding.round_group(
+        read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt
+    )
+    assert np.abs(shipped_weight(rounded, scale, fmt)).max() <= 20 * size
+
+
+def costs(statistics: InputStatistics, scale: Array, block_size: int, flattening: float) -> Array:
+    """What an error in s W costs, diag(H) / s^2, and `flattening` times the mean of its block: (G, b, 1)."""
+    cost = codec.to_blocks((statistics.diagonal / scale**2)[:, None], block_size)
+    flattened: Array = cost + np.float32(flattening) * cost.mean(axis=1, keepdims=True)
+    return flattened
+
+
+@every_format
+@pytest.mark.parametrize("K", [128, 50])
+def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: Format, K: int) -> None:
+    """Dividing by s shrinks it again: the refit of s W is weighted with diag(H) / s^2, flattened within a block."""
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(rng.standard_normal((256, K)) * np.exp(rng.standard_normal(K)))
+    w = weight(rng, K, 32)
+    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    np.testing.assert_array_equal(kept, scale)
+    blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
+    h = costs(statistics, scale, fmt.block_size, rounding.FLATTENING)
+    centred, grid = rounding.refit(blocks, h, fmt)
+    np.testing.assert_array_equal(rounded.centred, centred)
+    np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
+    np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
+
+
+@every_format
+@pytest.mark.parametrize("K", [128, 50])
+@pytest.mark.parametrize("random", [True, False])
+def test_compensated_codes_lie_on_a_grid_for_flatter_costs(fmt: Format, K: int, random: bool) -> None:
+    rng = np.random.default_rng(0)
+    statistics, w = compensated(rng, K), weight(rng, K, 32)
+    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt, random=random)
+    np.testing.assert_array_equal(kept, scale)
+    scaled = scale[:, None] * w
+    h = costs(statistics, scale, fmt.block_size, rounding.FLATTENING_COMPENSATED)
+    _, grid = rounding.refit(codec.to_blocks(scaled, fmt.block_size), h, fmt)
+    np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
+    np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
+    compensation = compensate.find(statistics, scale, random=random)
+    assert compensation is not None
+    centred = compensate.round_weight(scaled, grid, fmt.block_size, compensation)
+    np.testing.assert_array_equal(rounded.centred, centred)
+
+
+# Threads
+
+
+def rounded_with_cores(
+    cores: int, fmt: Format, statistics: InputStatistics, monkeypatch: pytest.MonkeyPatch
+) -> tuple[bytes, ...]:
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
+    w = weight(np.random.default_rng(1), 50, 901)
+    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    np.testing.assert_array_equal(kept, scale)
+    losses = np.array([rounded.loss, rounded.plain_loss, rounded.energy])
+    arrays = (losses, codec.pack(rounded.centred, rounded.grid), rounded.grid.scales, rounded.grid.zero_points)
+    return tuple(array.tobytes() for array in arrays)
+
+
+@every_format
+@pytest.mark.parametrize("compensate_too", [True, False])
+def test_two_runs_give_the_same_bytes_on_any_number_of_cores(
+    fmt: Format, compensate_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    statistics = compensated(rng, 50, outliers=1) if compensate_too else statistics_of(activations(rng, 50, outliers=1))
+    one = rounded_with_cores(1, fmt, statistics, monkeypatch)
+    assert rounded_with_cores(1, fmt, statistics, monkeypatch) == one
+    assert rounded_with_cores(2, fmt, statistics, monkeypatch) == one
+    assert rounded_with_cores(3, fmt, statistics, monkeypatch) == one
