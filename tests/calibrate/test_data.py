@@ -728,6 +728,8 @@ def test_of_a_pair_the_text_is_the_prose_where_there_is_a_tokenizer(tmp_path: Pa
     loaded = load(path, None)
     assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(tmp_path)
     assert loaded.feeds[0]["pixel_values"].shape == (4, 3, 6, 6)
+    assert loaded.source == f"8 {SHORT_TEXTS}, the rest of the inputs random, 1 more held out to measure with"
+    assert loaded.random
     pixels = np.random.default_rng(0).standard_normal((9, 3, 6, 6)).astype(np.float32)
     loaded = load(path, {"pixel_values": pixels})
     assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(tmp_path)
@@ -866,6 +868,18 @@ def test_without_the_decoder_before_it_the_caches_are_random_and_the_user_is_tol
     assert loaded.feeds[0]["past_key_values.0.encoder.key"].std() > 0.5
     assert any("no decoder beside the model that makes its caches" in note for note in listener.notes)
     run(pair / "decoder_with_past_model.onnx", loaded.feeds[0])
+
+
+def test_random_caches_are_random_whatever_text_goes_on_after_them(pair: Path) -> None:
+    write_byte_tokenizer(pair)
+    path = save(tiny_cross_decoder(past=True, vocabulary=BYTES), pair / "decoder_with_past_model.onnx")
+    (pair / "decoder_model.onnx").unlink()
+    listener = Listener()
+    loaded = load(path, None, progress=listener)
+    assert sequences([*loaded.feeds, *loaded.held_out]) == pieces(pair)
+    assert loaded.random
+    assert any(f"with {SHORT_TEXTS}, the rest of the inputs random" in note for note in listener.notes)
+    run(path, loaded.feeds[0])
 
 
 def test_caches_that_were_given_are_kept(pair: Path) -> None:
