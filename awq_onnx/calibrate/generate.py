@@ -87,7 +87,7 @@ def generate(
             wanted,
             _first_tokens(wanted, (batch, length), bounds, rng),
             _rows(others, at * batch, batch),
-            lambda logits, ids: _next(logits, ids, bounds, rng),
+            lambda logits, ids: _next(logits, ids, wanted.vocabulary, bounds, rng),
             lambda part: advance(part / rounds),
         )
         for at in range(rounds)
@@ -150,12 +150,14 @@ def _any_tokens(count: int, vocabulary: int | None, rng: np.random.Generator) ->
     return rng.integers(0, vocabulary or 2, count)
 
 
-def _next(logits: NDArray[Any], written: Tokens, bounds: Bounds, rng: np.random.Generator) -> Tokens:
+def _next(
+    logits: NDArray[Any], written: Tokens, vocabulary: int | None, bounds: Bounds, rng: np.random.Generator
+) -> Tokens:
     """The tokens (B,) after those `written` (B, position), logits (B, V): drawn, but for the bounds of texts."""
     if bounds.start is None:
         return _sample(logits, rng)
     if written.shape[1] == 1:
-        return _any_tokens(logits.shape[0], logits.shape[1], rng)
+        return _any_tokens(len(written), vocabulary, rng)
     drawn = _sample(logits, rng)
     return drawn if bounds.start in bounds.ends else np.where(np.isin(written[:, -1], bounds.ends), bounds.start, drawn)
 
@@ -169,8 +171,10 @@ def written_well(ids: Tokens, bounds: Bounds) -> NDArray[np.bool_]:
     ended = np.isin(ids, bounds.ends)
     ended[:, :2] = False  # tokens it did not choose
     first: NDArray[np.bool_] = np.cumsum(ended, axis=1) - ended == 0
-    later = (~first).sum() / max(int((ended & ~first).sum()), 1)  # tokens for each end
-    return first if later < GOES_ON * first.sum() / max(int(ended.any(axis=1).sum()), 1) else np.ones_like(first)
+    ends, later_ends = int(ended.any(axis=1).sum()), int((ended & ~first).sum())
+    if later_ends and (~first).sum() / later_ends < GOES_ON * first.sum() / ends:  # tokens for each end
+        return first
+    return np.ones_like(first)
 
 
 def _sample(logits: NDArray[Any], rng: np.random.Generator) -> Tokens:

@@ -74,7 +74,11 @@ def token_ids(
     if not wanted.takes_tokens:
         raise CalibrationError(f"the model has no input {TOKENS}, so text cannot calibrate it: {ADVICE}")
     loaded = load_tokenizer(model, tokenizer)
-    return np.array([token for text in texts for token in loaded.encode(text, add_special_tokens=False).ids], np.int64)
+    try:
+        encoded = [loaded.encode(text, add_special_tokens=False).ids for text in texts]
+    except Exception as error:  # tokenizers raises plain Exception
+        raise CalibrationError(f"the tokenizer cannot read the calibration text: {error}") from error
+    return np.array([token for ids in encoded for token in ids], np.int64)
 
 
 def windows(ids: NDArray[np.int64], wanted: Signature, length: int, most: int) -> Arrays:

@@ -91,13 +91,15 @@ class Maker:
         wanted = self.wanted
         if TOKENS in given or TOKENS not in wanted.names:
             return made, RANDOM
-        exact = wanted.names[TOKENS].fixed(1) is not None
-        ids = prose.windows(self.opened.path, self.tokenizer, wanted.vocabulary, samples, length, exact=exact)
+        fixed = wanted.names[TOKENS].fixed(1)
+        ids = prose.windows(
+            self.opened.path, self.tokenizer, wanted.vocabulary, samples, fixed or length, exact=fixed is not None
+        )
         if ids is None:
             return made, RANDOM
         known = {**known, TOKENS: ids}
         what = PROSE_AND_NOISE if synthetic.missing(wanted, known) else PROSE
-        return self._made(known, samples, ids.shape[1]), what
+        return self._made(known, samples, min(length, ids.shape[1])), what
 
     def with_states(self, given: Arrays, samples: int) -> Arrays:
         """`given` plus what the encoder beside the model makes, where the model wants that and there is one."""
@@ -182,7 +184,8 @@ class Maker:
         others = _without(made, wanted.text)
         ids = generate(self.session, wanted, samples, length, seed, self.progress.advance, others, bounds)
         used = written_well(ids, bounds)
-        if used.all() or wanted.text_mask not in wanted.names:
+        mask = wanted.names.get(wanted.text_mask)
+        if used.all() or mask is None or len(mask.dims or ids.shape) != ids.ndim:
             return {wanted.text: ids}
         padding = self.hints.padding
         if padding is None or padding >= (wanted.vocabulary or 0):

@@ -38,10 +38,13 @@ def windows(
             raise
         return None
     text = (resources.files(__package__) / "prose.txt").read_text(encoding="utf-8")
-    ids = np.array(loaded.encode(text, add_special_tokens=False).ids, np.int64)
+    try:
+        ids = np.array(loaded.encode(text, add_special_tokens=False).ids, np.int64)
+        before, after = _bounds(loaded)
+    except Exception:  # tokenizers raises plain Exception, for words it has no token for
+        return None
     if ids.size < samples or np.bincount(ids).max() > ONE_TOKEN * ids.size:
         return None
-    before, after = _bounds(loaded)
     if vocabulary is not None and max(int(ids.max()), *before, *after, 0) >= vocabulary:
         return None
     body = length - len(before) - len(after)

@@ -445,13 +445,17 @@ def test_a_text_may_end_with_any_of_several_tokens(tmp_path: Path) -> None:
     assert {END, 20} <= set(ids[:, 2:][mask[:, 2:] == 1].tolist())
 
 
-def test_a_model_without_a_mask_keeps_all_that_it_wrote(tmp_path: Path) -> None:
-    loaded = load(beside(tmp_path, counting_model(END, mask=False), **CONFIG), None, LONG)
-    ids = rows(loaded, "input_ids")
-    assert set(loaded.feeds[0]) == {"input_ids"}
+@pytest.mark.parametrize("text", ["input_ids", "decoder_input_ids"])
+def test_a_model_without_a_mask_keeps_all_that_it_wrote(tmp_path: Path, text: str) -> None:
+    """Nor is the mask of an encoder in the same graph one for it."""
+    path = beside(tmp_path, counting_model(END, mask=False, text=text), **CONFIG)
+    loaded = load(path, None, LONG)
+    ids = rows(loaded, text)
+    assert set(loaded.feeds[0]) <= {"input_ids", "attention_mask", "decoder_input_ids"}
     junk = ids[~until_the_first_end(ids)]
     assert len(junk) > 20
     assert set(junk.tolist()) == {START, END}
+    run(path, loaded.feeds[0])
 
 
 def test_a_model_that_goes_on_after_the_end_keeps_all_that_it_wrote(tmp_path: Path) -> None:
@@ -590,7 +594,9 @@ def test_what_is_given_is_not_random(encoder: Path, given: Calibration) -> None:
 
 
 def test_what_a_model_wrote_itself_is_not_random(decoder: onnx.ModelProto) -> None:
-    assert not load(decoder, None).random
+    listener = Listener()
+    assert not load(decoder, None, progress=listener).random
+    assert not listener.notes
 
 
 def test_random_numbers_are_random(floats: Path) -> None:

@@ -315,10 +315,6 @@ def test_all_is_used_where_nothing_ended(bounds: Bounds) -> None:
     assert used(sample(100), sample(100), bounds=bounds) == [[True] * 64] * 2
 
 
-def test_ends_of_no_text_are_words() -> None:
-    assert used(sample(14, *ENDS_AT_ONCE), bounds=Bounds(START, (99,))) == [[True] * 64]
-
-
 def test_the_first_of_several_ends_counts() -> None:
     bounds = Bounds(START, (END, OTHER_END))
     other = sample(20, *ENDS_AT_ONCE, end=OTHER_END)

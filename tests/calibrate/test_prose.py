@@ -291,3 +291,8 @@ def test_the_prose_is_package_data() -> None:
 def test_the_prose_is_enough_for_a_run_with_no_settings() -> None:
     """32 samples and 2 to measure with: 64 words each, at least, that do not overlap."""
     assert len(TEXT.split()) >= 34 * 64
+
+
+def test_a_tokenizer_that_refuses_unknown_words_is_of_no_use(tmp_path: Path) -> None:
+    Tokenizer(WordLevel({"a": 0, "b": 1})).save(str(tmp_path / "tokenizer.json"))
+    assert prose.windows(tmp_path / "model.onnx", None, None, 4, 16) is None
