@@ -53,8 +53,9 @@ def quantize(
     """Quantise the weights of `model` to 4 bits with AWQ and write it to `output` (and `output`.data).
 
     model: the path of a .onnx file, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph; it is not
-    changed. calibration: None (the model writes its own text), the path of a .txt, .jsonl, .npz or .npy file, texts,
-    token ids (samples, T), or arrays by input name. tokenizer: the folder of tokenizer.json, for text.
+    changed. calibration: None (the model writes its own text, or what it reads is made up), the path of a .txt,
+    .jsonl, .npz or .npy file, texts, token ids (samples, T), or arrays by input name. tokenizer: the folder of
+    tokenizer.json, for text.
 
     Raises ModelError, OutputError, CalibrationError, MissingPackageError, RuntimeFailedError (see `awq_onnx.errors`);
     nothing is written then.

@@ -51,7 +51,7 @@ def round_group(
     """Put s W on the best grid found for it, for the weights of all `readers`; the scale and the results.
 
     By the whole H no group ends worse than plain rounding without a scale: one that would gets s = 1, and a weight
-    whose refitted grid is worse than its plain one keeps the plain one.
+    whose refitted grid is worse than its plain one keeps the plain one. random: see `compensate.find`.
     """
     rounded = _round_weights(readers, scale, fmt, random)
     if total_loss(readers, rounded) <= total_loss(readers, rounded, plain=True):

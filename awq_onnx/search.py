@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import codec
-from awq_onnx.codec import Float32, Format, Grid
+from awq_onnx.codec import Float32, Format
 from awq_onnx.statistics import InputStatistics, mean_of
 from awq_onnx.threads import map_columns
 
@@ -153,18 +153,16 @@ def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Flo
 
 
 def plain_error(blocks: Float32, scale: Float32, fmt: Format, scaled: Float32, error: Float32) -> Float32:
-    """`error_of` s W on its min-max grid; `scaled` and `error` are overwritten, (G, b, n) like `blocks`."""
+    """E = Q(s W) / s - W of W on the min-max grid of s W: (K, n).
+
+    `scaled` and `error` are overwritten, (G, b, n) like `blocks`.
+    """
     scale_rows(blocks, scale, scaled)
     grid = codec.minmax_grid(scaled, fmt)
     codec.centred_codes(scaled, grid, out=error)
-    return error_of(error, grid, scaled, scale, out=error)
-
-
-def error_of(centred: Float32, grid: Grid, scaled: Float32, scale: Float32, out: Float32) -> Float32:
-    """E = Q(s W) / s - W in `out` (G, b, n), returned as (K, n)."""
-    codec.dequantize(centred, grid, out=out)
-    out -= scaled
-    return codec.from_blocks(scale_rows(out, np.reciprocal(scale), out), scale.size)
+    codec.dequantize(error, grid, out=error)
+    error -= scaled
+    return codec.from_blocks(scale_rows(error, np.reciprocal(scale), error), scale.size)
 
 
 def scale_rows(blocks: Float32, scale: Float32, out: Float32) -> Float32:

@@ -55,15 +55,16 @@ def load(
     before = companion.decoder_before(opened) if wanted.needs_past and not _holds_caches(values) else None
     if before is None:
         arrays, what = _whole(maker, values, what, tokenizer)
-        split = _split([arrays], wanted, _held_out(recipe.samples), what, progress)
-        return replace(split, random=what in NOISY)
-    with open_model(before) as other:
-        first = Maker.of(other, recipe, progress, tokenizer)
-        arrays, what = _whole(first, values, what, tokenizer)
-        progress.stage(f"Running {before.name} for the caches that the model goes on from")
-        parts = companion.continued(first.session, first.wanted, opened, arrays)
-    where = f"{what}, gone on from at {len(parts)} places"
-    return replace(_split(parts, wanted, _held_out(recipe.samples), where, progress), random=what in NOISY)
+        parts: Sequence[Arrays] = [arrays]
+        source = what
+    else:
+        with open_model(before) as other:
+            first = Maker.of(other, recipe, progress, tokenizer)
+            arrays, what = _whole(first, values, what, tokenizer)
+            progress.stage(f"Running {before.name} for the caches that the model goes on from")
+            parts = companion.continued(first.session, first.wanted, opened, arrays)
+        source = f"{what}, gone on from at {len(parts)} places"
+    return replace(_split(parts, wanted, _held_out(recipe.samples), source, progress), random=what in NOISY)
 
 
 def _holds_caches(values: Texts | Arrays | None) -> bool:
