@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from awq_onnx._version import __version__
 from awq_onnx.errors import AwqOnnxError, InternalError, RecipeError
+from awq_onnx.machine import Machine, size_bytes
 from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, LM_HEADS, Recipe, help_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ exit codes:
   2 an option cannot be used so        6 a Python package is missing
   3 the model cannot be quantised      7 onnxruntime cannot run the model
   4 the output cannot be written       8 a fault of awq-onnx
-  130 interrupted; nothing was written
+  130 interrupted; the same command goes on from there
 """
 
 
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AwqOnnxError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+        from awq_onnx.output import work_folder
+
+        kept = work_folder(_output(arguments)).exists()
+        _fail(f"interrupted; {'the same command goes on from here' if kept else 'nothing was written'}", INTERRUPTED)
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -123,7 +127,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(format_group, "block_size", BLOCK_SIZES)
     format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
     _add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
+
+    machine = parser.add_argument_group("machine", "none of this changes the result")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    machine.add_argument(
+        "--memory-budget",
+        type=_size,
+        metavar="SIZE",
+        help="memory to work with, like 500MB or 2GiB (default: a quarter of what is free, at most 1GiB)",
+    )
     return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return size_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> None:
@@ -140,7 +160,6 @@ def _add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> 
 
 def _quantize(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
-    output = arguments.output or arguments.model.with_name(f"{arguments.model.stem}_int4.onnx")
     from rich.console import Console
 
     from awq_onnx.pipeline import quantize
@@ -148,14 +167,28 @@ def _quantize(arguments: argparse.Namespace) -> None:
     with Display(Console(stderr=True, quiet=arguments.quiet)) as display:
         report = quantize(
             arguments.model,
-            output,
+            _output(arguments),
             recipe,
             calibration=arguments.calibration,
             tokenizer=arguments.tokenizer,
             overwrite=arguments.force,
+            machine=_machine(arguments),
             progress=display,
         )
     print(report.to_json() if arguments.json else _summary(report))
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    given: Path | None = arguments.output
+    model: Path = arguments.model
+    return given or model.with_name(f"{model.stem}_int4.onnx")
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    try:
+        return Machine(threads=arguments.threads, memory_budget=arguments.memory_budget)
+    except RecipeError as error:
+        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,19 +89,30 @@ def compare(
         return compare_sessions(reference, runtime.client_session(Path(quantized)), windows, wanted)
 
 
-def compare_sessions(
-    reference: Any,
+def compare_sessions(reference: Any, quantized: Any, windows: Sequence[Feed], wanted: Signature) -> Comparison:
+    """The comparison of two sessions of models with the same signature; each feed is a window."""
+    outputs = compared_outputs(wanted)
+    expected = (runtime.run(reference, outputs, window) for window in windows)
+    return compare_outputs(outputs, expected, quantized, windows, wanted)
+
+
+def compared_outputs(wanted: Signature) -> list[str]:
+    """The outputs that a comparison looks at: the logits, or all but the caches."""
+    caches = {present for _, present in wanted.caches}
+    return [wanted.logits] if wanted.logits else [name for name in wanted.outputs if name not in caches]
+
+
+def compare_outputs(
+    outputs: list[str],
+    reference: Iterable[Sequence[Rows]],
     quantized: Any,
     windows: Sequence[Feed],
     wanted: Signature,
     advance: Callable[[float], None] = unheard,
 ) -> Comparison:
-    """The comparison of two sessions of models with the same signature; each feed is a window."""
-    caches = {present for _, present in wanted.caches}
-    outputs = [wanted.logits] if wanted.logits else [name for name in wanted.outputs if name not in caches]
+    """The comparison of a session with what `outputs` should be, for each window."""
     sums = _Sums(kl=[])
-    for window in windows:
-        expected = runtime.run(reference, outputs, window)
+    for window, expected in zip(windows, reference, strict=True):
         actual = runtime.run(quantized, outputs, window)
         rows = [_rows(*pair, window, wanted) for pair in zip(expected, actual, strict=True)]
         for pair in rows:

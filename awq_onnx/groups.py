@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +16,8 @@ from awq_onnx import codec, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
 from awq_onnx.errors import WeightError
+from awq_onnx.journal import Entry
+from awq_onnx.output import OutputFiles
 from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
@@ -21,17 +25,19 @@ from awq_onnx.recipe import Recipe
 from awq_onnx.rounding import Rounded
 from awq_onnx.search import Reader, ScaleChoice, ScaleLimits
 from awq_onnx.statistics import InputStatistics
-from awq_onnx.store import OpenedModel, OutputFiles
+from awq_onnx.store import OpenedModel, describe, described
+from awq_onnx.threads import Spread, one_by_one
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
 LARGEST_FP16 = np.float32(np.finfo(np.float16).max / HEADROOM)
+STRIPS = 12  # of columns, in float32: what rounding holds of a weight at its peak
 WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is worth it
 
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One layer, its weight rounded. name: of its tensors. codes, zero_points: written already, and shared by layers
-    with one weight. scales (G, N): kept, since a fold may divide them.
+    """One layer, its weight rounded. name: of its tensors. codes, scales, zero_points: written already, and shared by
+    layers with one weight. scales: float32 (G, N), kept aside, since a fold may divide them.
 
     loss, plain_loss, energy: see `rounding.Rounded`.
     """
@@ -39,7 +45,7 @@ class SiteResult:
     site: Site
     name: str
     codes: ir.TensorProtocol
-    scales: Float32
+    scales: ir.TensorProtocol
     zero_points: ir.TensorProtocol | None
     bits: int
     loss: float
@@ -57,13 +63,38 @@ class GroupResult:
     """
 
     group: Group
-    choice: ScaleChoice
+    alpha: float
     scale: Float32
     folded: tuple[Absorber, ...] | Refusal
     divided: tuple[Float32, ...]
     sites: tuple[SiteResult, ...]
     mul_loss: float | None = None
     multiplied: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found for a group: a `GroupResult` before it is written.
+
+    layers: the sites of each weight. ran: whether calibration ran it.
+    """
+
+    group: Group
+    alpha: float
+    scale: Float32
+    layers: tuple[tuple[Site, ...], ...]
+    formats: tuple[Format, ...]
+    rounded: tuple[Rounded, ...]
+    ran: bool
+    mul_loss: float | None
+    multiplied: bool
+
+
+def memory_bytes(group: Group) -> int:
+    """About what `search_group` takes at its peak: H, a factor, some strips of columns."""
+    strip = min(rounding.STRIP, max(site.N for site in group.sites))
+    inputs = len({value.name for value in group.inputs})
+    return 4 * group.K * ((1 + inputs) * group.K + STRIPS * strip)
 
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
@@ -79,39 +110,37 @@ def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
     opened.let_go()
 
 
-def quantize_group(
+def search_group(
     group: Group,
     channels: ChannelMap | Refusal | None,
     statistics: Mapping[str, InputStatistics],
     recipe: Recipe,
     opened: OpenedModel,
-    files: OutputFiles,
-    names: dict[Site, str],
     *,
     random: bool = False,
-) -> GroupResult:
-    """Search, round, pack and write the weights of one group.
+    spread: Spread = one_by_one,
+) -> Found:
+    """Search the scale of one group and round its weights; nothing is written.
 
     channels: the absorber's channel behind each channel of the inputs; None or a Refusal where nothing absorbs.
-    statistics: of the inputs that calibration has run, by name. random: on noise.
+    statistics: of the inputs that calibration has run, by name. random: on noise. spread: a map for pieces of work.
     """
     seen = {name: one for name, one in statistics.items() if one.tokens}
     layers = _layers(group.sites)
     pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(group.K)
     formats = [_format(sites, recipe) for sites in layers]
     readers = [
-        Reader(read_weight(sites[0], opened), _statistics_of(sites, seen, pooled), sites[0].head_size, fmt)
+        _reader(sites[0], _statistics_of(sites, seen, pooled), fmt, opened)
         for sites, fmt in zip(layers, formats, strict=True)
     ]
-    fmt = formats[0]
-    absorbers = _absorbers(group, channels, seen)
-    sources = channels if isinstance(channels, np.ndarray) else np.arange(group.K)
+    absorbers = absorbers_of(group, channels, bool(seen))
     foldable = () if isinstance(absorbers, Refusal) else absorbers
     if any(embedding.lookups(site) for site in group.sites):
         choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
     else:
-        choice = search.search_scale(readers, fmt, _limits(group, foldable, sources, seen.values(), opened))
-    round_with = partial(rounding.round_group, readers, fmt=fmt, random=random)
+        limits = _limits(group, foldable, _sources(group, channels), seen.values(), opened)
+        choice = search.search_scale(readers, formats[0], limits, spread)
+    round_with = partial(rounding.round_group, readers, fmt=formats[0], random=random, spread=spread)
     mul_loss, multiplied = None, False
     if foldable:
         scale, rounded = round_with(choice.scale)
@@ -122,24 +151,88 @@ def quantize_group(
             mul_loss = rounding.total_loss(readers, scaled) / (rounding.total_loss(readers, rounded) or 1.0)
             multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
             scale, rounded = (divided_by, scaled) if multiplied else (scale, rounded)
-    if np.all(scale == 1):
-        choice = ScaleChoice(0.0, scale, choice.losses)
-    divided = tuple(divisor(one, sources, scale) for one in foldable)
-    results = {
-        site: result
-        for sites, one, own in zip(layers, rounded, formats, strict=True)
-        for site, result in zip(sites, _written(sites, one, own, files, names), strict=True)
+    alpha = 0.0 if np.all(scale == 1) else choice.alpha
+    return Found(group, alpha, scale, layers, tuple(formats), tuple(rounded), bool(seen), mul_loss, multiplied)
+
+
+def _reader(site: Site, statistics: InputStatistics, fmt: Format, opened: OpenedModel) -> Reader:
+    return Reader(_stored_weight(site, opened), statistics, site.head_size, fmt, site.factor)
+
+
+def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> Entry:
+    """Put the packed weights of one group into the output, its scales aside: what `result_of` makes a result of."""
+    layers = [
+        _write_layer(names[sites[0]], rounded, fmt, files)
+        for sites, rounded, fmt in zip(found.layers, found.rounded, found.formats, strict=True)
+    ]
+    return {
+        "alpha": found.alpha,
+        "scale": describe(files.keep("scale", found.scale)),
+        "ran": found.ran,
+        "mul_loss": found.mul_loss,
+        "multiplied": found.multiplied,
+        "layers": layers,
     }
-    ordered = tuple(results[site] for site in group.sites)
-    return GroupResult(group, choice, scale, absorbers, divided, ordered, mul_loss, multiplied)
 
 
-def _layers(sites: Sequence[Site]) -> list[list[Site]]:
+def _write_layer(name: str, rounded: Rounded, fmt: Format, files: OutputFiles) -> Entry:
+    grid, zero_points = rounded.grid, None
+    codes = files.append(f"{name}.codes", rounded.codes)
+    if not fmt.symmetric:
+        zero_points = files.append(f"{name}.zero_points", codec.pack_zero_points(grid.zero_points, fmt.bits))
+    return {
+        "codes": describe(codes),
+        "zero_points": zero_points and describe(zero_points),
+        "scales": describe(files.keep(f"{name}.scales", grid.scales)),
+        "bits": fmt.bits,
+        "loss": rounded.loss,
+        "plain_loss": rounded.plain_loss,
+        "energy": rounded.energy,
+    }
+
+
+def result_of(
+    entry: Entry, group: Group, channels: ChannelMap | Refusal | None, folder: Path, names: Mapping[Site, str]
+) -> GroupResult:
+    """What was written of a group. folder: where the files are."""
+    scale = described(entry["scale"], folder).numpy()
+    folded = absorbers_of(group, channels, entry["ran"])
+    sources = _sources(group, channels)
+    results = {
+        one.site: one
+        for sites, layer in zip(_layers(group.sites), entry["layers"], strict=True)
+        for one in _layer_results(sites, layer, folder, names)
+    }
+    return GroupResult(
+        group=group,
+        alpha=entry["alpha"],
+        scale=scale,
+        folded=folded,
+        divided=() if isinstance(folded, Refusal) else tuple(divisor(one, sources, scale) for one in folded),
+        sites=tuple(results[site] for site in group.sites),
+        mul_loss=entry["mul_loss"],
+        multiplied=entry["multiplied"],
+    )
+
+
+def _layer_results(sites: Sequence[Site], layer: Entry, folder: Path, names: Mapping[Site, str]) -> list[SiteResult]:
+    """What was written of one weight, for every site that has it."""
+    codes, scales = described(layer["codes"], folder), described(layer["scales"], folder)
+    zero_points = layer["zero_points"] and described(layer["zero_points"], folder)
+    losses = {name: layer[name] for name in ("loss", "plain_loss", "energy")}
+    return [SiteResult(site, names[site], codes, scales, zero_points, layer["bits"], **losses) for site in sites]
+
+
+def _sources(group: Group, channels: ChannelMap | Refusal | None) -> ChannelMap:
+    return channels if isinstance(channels, np.ndarray) else np.arange(group.K)
+
+
+def _layers(sites: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
     """The sites by their weight: those that share one are rounded once."""
     layers: dict[tuple[ir.Value, bool, float, ir.DataType], list[Site]] = {}
     for site in sites:
         layers.setdefault((site.weight, site.transposed, site.factor, site.dtype), []).append(site)
-    return list(layers.values())
+    return tuple(tuple(together) for together in layers.values())
 
 
 def _format(sites: Sequence[Site], recipe: Recipe) -> Format:
@@ -155,9 +248,8 @@ def _statistics_of(
     return InputStatistics.merged(list(own.values())) if own else replace(pooled, tokens=0)
 
 
-def _absorbers(
-    group: Group, channels: ChannelMap | Refusal | None, seen: Mapping[str, InputStatistics]
-) -> tuple[Absorber, ...] | Refusal:
+def absorbers_of(group: Group, channels: ChannelMap | Refusal | None, seen: bool) -> tuple[Absorber, ...] | Refusal:
+    """What the scale of a group is folded into, or why nothing is. seen: whether calibration runs it."""
     if isinstance(group.routes, Refusal):
         return group.routes
     if isinstance(channels, Refusal):
@@ -169,31 +261,6 @@ def _absorbers(
     return tuple(route.absorber for route in group.routes)
 
 
-def _written(
-    sites: Sequence[Site], rounded: Rounded, fmt: Format, files: OutputFiles, names: dict[Site, str]
-) -> list[SiteResult]:
-    """The codes of one weight in the data file, for every site that has it."""
-    name, grid = names[sites[0]], rounded.grid
-    codes = files.append(f"{name}.codes", codec.pack(rounded.centred, grid))
-    zero_points = None
-    if not fmt.symmetric:
-        zero_points = files.append(f"{name}.zero_points", codec.pack_zero_points(grid.zero_points, fmt.bits))
-    return [
-        SiteResult(
-            site=site,
-            name=names[site],
-            codes=codes,
-            scales=grid.scales,
-            zero_points=zero_points,
-            bits=fmt.bits,
-            loss=rounded.loss,
-            plain_loss=rounded.plain_loss,
-            energy=rounded.energy,
-        )
-        for site in sites
-    ]
-
-
 def divisor(absorber: Absorber, sources: ChannelMap, scale: Float32) -> Float32:
     """The scale of the inputs (K,) as the absorber's channels see it; 1 where a channel does not arrive."""
     divided = np.ones(absorber.channels, np.float32)
@@ -203,9 +270,14 @@ def divisor(absorber: Absorber, sources: ChannelMap, scale: Float32) -> Float32:
 
 def read_weight(site: Site, opened: OpenedModel) -> Float32:
     """W as float32 (K, N), contiguous, with the layer's factor."""
-    stored = opened.read(site.tensor)
-    weight = np.ascontiguousarray(stored.T if site.transposed else stored, dtype=np.float32)
+    weight = np.ascontiguousarray(_stored_weight(site, opened), dtype=np.float32)
     return weight if site.factor == 1 else weight * np.float32(site.factor)
+
+
+def _stored_weight(site: Site, opened: OpenedModel) -> NDArray[Any]:
+    """W (K, N) as it is stored, without the layer's factor: a view where it can be."""
+    stored = opened.read(site.tensor)
+    return stored.T if site.transposed else stored
 
 
 def read_bias(site: Site) -> NDArray[np.float64] | None:
@@ -246,8 +318,15 @@ def _magnitude(absorber: Absorber, opened: OpenedModel) -> Float32:
     channels = absorber.channels
     parts = [np.abs(vector.tensor.numpy().astype(np.float32)).reshape(-1)[-channels:] for vector in absorber.vectors]
     if not isinstance(absorber, Gain):
-        parts.append(np.abs(read_weight(absorber.site, opened)).max(axis=0))
+        parts.append(_largest_of_columns(absorber.site, opened))
         bias = read_bias(absorber.site)
         parts += [] if bias is None else [np.abs(bias).astype(np.float32)]
     magnitude: Float32 = np.max(parts, axis=0)
     return magnitude
+
+
+def _largest_of_columns(site: Site, opened: OpenedModel) -> Float32:
+    """max|w| of each column of a weight: float32 (N,)."""
+    stored = _stored_weight(site, opened)
+    largest = [np.abs(stored[:, some]).max(axis=0).astype(np.float32) for some in search.slices(site.N, search.SLICE)]
+    return np.concatenate(largest) * np.float32(abs(site.factor))

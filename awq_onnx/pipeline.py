@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,19 +15,23 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from awq_onnx import codec, groups, report, runtime
+from awq_onnx import codec, groups, report, resume, runtime, threads
 from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data, segments
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
+from awq_onnx.calibrate.segments import Data, Segments
 from awq_onnx.calibrate.straight import Straight, straighten
-from awq_onnx.comparison import Comparison, compare_sessions
+from awq_onnx.comparison import compare_outputs, compared_outputs
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
-from awq_onnx.groups import GroupResult, SiteResult
+from awq_onnx.groups import Found, GroupResult, SiteResult
+from awq_onnx.machine import Machine
 from awq_onnx.meter import Meter
-from awq_onnx.passes import check, embedding, fold, rewrite, sites
+from awq_onnx.output import OutputFiles
+from awq_onnx.passes import check, constants, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.experts import split_experts
@@ -37,7 +43,17 @@ from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
 from awq_onnx.report import Report
-from awq_onnx.store import ModelSource, OpenedModel, OutputFiles, open_model
+from awq_onnx.store import ModelSource, OpenedModel, open_model
+from awq_onnx.threads import Spread, Workers
+
+Outputs = list[NDArray[np.generic]]
+
+CALIBRATION, VALUES = "calibration", "values"  # their entries in the journal
+SAVE_EVERY_SECONDS = 60.0
+FORWARD = 0.5  # of the work of calibrating and searching, about
+LARGE = 4096  # channels of an input whose matrices are worth all threads of BLAS
+SCALE_BYTES = 9  # of a block: its scale twice, its zero point
+COPIES = 3  # of a 4-bit model, about, in the session of an application
 
 
 def quantize(
@@ -48,6 +64,7 @@ def quantize(
     calibration: Calibration = None,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    machine: Machine | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantise the weights of `model` to 4 bits with AWQ and write it to `output` (and `output`.data).
@@ -55,27 +72,40 @@ def quantize(
     model: the path of a .onnx file, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph; it is not
     changed. calibration: None (the model writes its own text, or what it reads is made up), the path of a .txt,
     .jsonl, .npz or .npy file, texts, token ids (samples, T), or arrays by input name. tokenizer: the folder of
-    tokenizer.json, for text.
+    tokenizer.json, for text. machine: what to take of it.
 
-    Raises ModelError, OutputError, CalibrationError, MissingPackageError, RuntimeFailedError (see `awq_onnx.errors`);
-    nothing is written then.
+    A run that was interrupted, or found the disk full, leaves a hidden folder beside `output`; the same call goes on
+    from there. Raises ModelError, OutputError, CalibrationError, MissingPackageError, RuntimeFailedError (see
+    `awq_onnx.errors`); no output is written then.
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
-    with Meter() as meter, open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
-        wanted, original = signature(opened.model.graph), opened.serialize()
-        plan = make_plan(opened.model, recipe)
-        groups.check_weights(plan.survey.sites, opened)
-        with meter.stage("calibration data"):
-            calibration_data = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
-        with meter.stage("calibrate and search"):
-            results = _calibrate_and_search(plan, opened, files, calibration_data, recipe, progress)
-        with meter.stage("write"):
-            progress.stage("Writing the model")
-            _edit(opened, results, files, recipe)
-            finished = files.write(opened.model)
-        with meter.stage("measure"):
-            comparison = _measure(original, opened.folder, finished, calibration_data, wanted, progress)
-        size_after_bytes = files.publish()
+    cores, budget_bytes = (machine or Machine()).resolved()
+    with Meter() as meter, threads.limited(cores), open_model(model) as opened:
+        wanted = signature(opened.model.graph)
+        key = resume.key(opened, wanted, recipe, calibration, tokenizer)
+        with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:
+            plan = make_plan(opened.model, recipe)
+            outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
+            files.check_space(_estimated_bytes(opened, plan, recipe))
+            if not files.done:
+                groups.check_weights(plan.survey.sites, opened)
+            with meter.stage("calibration data"):
+                calibration_data = _calibration_data(files, opened, wanted, recipe, calibration, tokenizer, progress)
+            with meter.stage("calibrate and search"):
+                results, expected = _calibrate_and_search(
+                    plan, opened, files, calibration_data, outputs, recipe, budget_bytes, progress
+                )
+            with meter.stage("write"):
+                progress.stage("Writing the model")
+                _edit(opened, results, files, recipe)
+                finished = files.write(opened.model)
+            with meter.stage("measure"):
+                progress.stage("Measuring the result")
+                session = _session_of(finished, budget_bytes)
+                comparison = compare_outputs(
+                    outputs, expected, session, calibration_data.held_out, wanted, progress.advance
+                )
+            size_after_bytes = files.publish()
         return Report(
             model=str(opened.path or "a model in memory"),
             output=str(files.output),
@@ -150,32 +180,118 @@ def _check_patterns(recipe: Recipe, survey: Survey) -> None:
                 raise RecipeError(f"{option} {pattern!r} fits no layer of the model; they have names like {names[0]}")
 
 
+def _calibration_data(
+    files: OutputFiles,
+    opened: OpenedModel,
+    wanted: Signature,
+    recipe: Recipe,
+    calibration: Calibration,
+    tokenizer: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> CalibrationData:
+    """What an interrupted run had, or new data."""
+    if CALIBRATION in files.done:
+        finished = sum(name not in (CALIBRATION, VALUES) for name in files.done)
+        progress.note(f"Going on from an interrupted run, which had finished {finished} groups of layers.")
+        return CalibrationData.kept(files.done[CALIBRATION], files.work)
+    loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
+    files.record(CALIBRATION, loaded.keep(files))
+    return loaded
+
+
 def _calibrate_and_search(
     plan: Plan,
     opened: OpenedModel,
     files: OutputFiles,
     calibration_data: CalibrationData,
+    outputs: Sequence[str],
     recipe: Recipe,
+    budget_bytes: int,
     progress: Progress,
-) -> list[GroupResult]:
-    """Run the model part by part over the data; quantise what a part's activations are known for."""
+) -> tuple[list[GroupResult], list[Outputs]]:
+    """Run the model part by part over the data; quantise what a part's activations are known for.
+
+    The results in the order of the plan, and what the model makes of the held-out data.
+    """
     runtime.give_back_memory()
     progress.stage("Tracing channels")
     straight = straighten(opened, plan.survey, calibration_data.feeds[0])
     maps = trace_channels(plan, straight, calibration_data)
     names = rewrite.weight_names(plan.survey.sites)
     progress.stage("Calibrating and searching")
-    results = []
-    for finished in segments.collect(straight.opened, plan.groups, calibration_data.feeds, advance=progress.advance):
-        while finished:
-            group, statistics = finished.pop(0)
-            result = groups.quantize_group(
-                group, maps.get(group), statistics, recipe, opened, files, names, random=calibration_data.random
-            )
-            results.append(result)
-        opened.let_go()
-    order = {group: position for position, group in enumerate(plan.groups)}
-    return sorted(results, key=lambda result: order[result.group])
+    entries = {group: f"group {number}" for number, group in enumerate(plan.groups)}
+    finished_before = {group for group, entry in entries.items() if entry in files.done}
+    through = Data(calibration_data.feeds, calibration_data.held_out, outputs)
+    searched: deque[tuple[Group, Future[Found]]] = deque()
+
+    def write(*, wait: bool) -> None:
+        while searched and (wait or searched[0][1].done()):
+            group, found = searched.popleft()
+            files.record(entries[group], groups.write_group(found.result(), files, names))
+            progress.advance((1 - FORWARD) / (len(entries) - len(finished_before)))
+
+    with Workers(threads.usable_cores(), budget_bytes) as workers, files.failures():
+        run = Segments(
+            straight.opened,
+            plan.groups,
+            through,
+            folder=files.work,
+            budget_bytes=budget_bytes,
+            finished=finished_before,
+            saved=_saved(files, len(through.feeds) + len(through.measured)),
+            spread=workers.spread,
+        )
+        last_saved = time.monotonic()
+        for finished in run.run(make_room=workers.make_room, advance=lambda part: progress.advance(FORWARD * part)):
+            while finished:
+                group, statistics = finished.pop(0)
+                job = _search_job(group, maps.get(group), statistics, recipe, opened, calibration_data.random)
+                del statistics
+                searched.append((group, workers.submit(groups.memory_bytes(group), job, large=group.K > LARGE)))
+                del job
+                write(wait=False)
+            opened.let_go()
+            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS and run.can_be_saved:
+                write(wait=True)
+                _save(run, files)
+                last_saved = time.monotonic()
+        write(wait=True)
+    results = [
+        groups.result_of(files.done[entry], group, maps.get(group), files.work, names)
+        for group, entry in entries.items()
+    ]
+    return results, run.measured
+
+
+def _save(run: Segments, files: OutputFiles) -> None:
+    """Let an interrupted run go on from here, in the place of the values saved before."""
+    before = files.done.get(VALUES)
+    number = 1 + before["number"] if before else 0
+    end = run.save(files.work / f"{VALUES}-{number}.npz")
+    files.record(VALUES, {"number": number, "end": end})
+    if before:
+        (files.work / f"{VALUES}-{number - 1}.npz").unlink(missing_ok=True)
+
+
+def _saved(files: OutputFiles, feeds: int) -> segments.Saved | None:
+    entry = files.done.get(VALUES)
+    if entry is None:
+        return None
+    return segments.Saved.read(files.work / f"{VALUES}-{entry['number']}.npz", entry["end"], feeds)
+
+
+def _search_job(
+    group: Group,
+    channels: ChannelMap | Refusal | None,
+    statistics: segments.Statistics,
+    recipe: Recipe,
+    opened: OpenedModel,
+    random: bool,
+) -> Callable[[Spread], Found]:
+    def job(spread: Spread) -> Found:
+        return groups.search_group(group, channels, statistics, recipe, opened, random=random, spread=spread)
+
+    return job
 
 
 def trace_channels(
@@ -251,7 +367,8 @@ def _packed(
     dtype = site.site.dtype.numpy()
     key = (site.codes.name or "", b"" if divisor is None else divisor.tobytes())  # codes are of one dtype
     if key not in known:
-        scales = site.scales if divisor is None else site.scales / divisor
+        scales: codec.Float32 = site.scales.numpy()
+        scales = scales if divisor is None else scales / divisor
         known[key] = files.append(f"{site.name}.scales", codec.pack_scales(scales, dtype))
     bias = groups.read_bias(site.site)
     if bias is not None:
@@ -275,21 +392,27 @@ def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
     }
 
 
-def _measure(
-    original: bytes,
-    folder: Path,
-    finished: Path,
-    calibration_data: CalibrationData,
-    wanted: Signature,
-    progress: Progress,
-) -> Comparison:
-    """Compare on the held-out data; that onnxruntime runs the result is shown before it is published."""
-    progress.stage("Measuring the result")
+def _is_made(graph: ir.Graph, output: str) -> bool:
+    """Whether an output is no constant."""
+    return all(constants.stored(value) is None for value in graph.outputs if value.name == output)
+
+
+def _estimated_bytes(opened: OpenedModel, plan: Plan, recipe: Recipe) -> int:
+    """About what the output takes on the disk: what is not quantised, the packed weights, their scales twice."""
+    weights = {id(site.tensor): site for site in plan.survey.sites}.values()
+    before = sum(site.tensor.nbytes for site in weights)
+    packed = sum(site.K * site.N * (recipe.lm_head_bits or 4 if site.is_head else 4) // 8 for site in weights)
+    blocks = sum(-(-site.K // recipe.block_size) * site.N for site in weights)
+    return max(opened.size_bytes - before, 0) + packed + blocks * SCALE_BYTES
+
+
+def _session_of(finished: Path, budget_bytes: int) -> Any:
+    """onnxruntime runs the result before it is published: as an application would where memory allows that."""
     runtime.give_back_memory()
-    quantized = runtime.client_session(finished)
-    return compare_sessions(
-        runtime.session(original, folder, fuse=False), quantized, calibration_data.held_out, wanted, progress.advance
-    )
+    size_bytes = sum(path.stat().st_size for path in (finished, finished.with_name(f"{finished.name}.data")))
+    if COPIES * size_bytes <= budget_bytes:
+        return runtime.client_session(finished)
+    return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False)
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -299,4 +422,4 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _scaled_caches(results: Sequence[GroupResult]) -> int:
-    return sum(len(one.group.caches) for one in results if not isinstance(one.folded, Refusal) and one.choice.alpha > 0)
+    return sum(len(one.group.caches) for one in results if not isinstance(one.folded, Refusal) and one.alpha > 0)

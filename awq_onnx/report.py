@@ -121,7 +121,7 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
         K=site.site.K,
         N=site.site.N,
         bits=site.bits,
-        alpha=result.choice.alpha,
+        alpha=result.alpha,
         folded_into=_places(result),
         fold=_kind(result),
         reason=refusal.reason if refusal else None,

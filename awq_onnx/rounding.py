@@ -5,7 +5,9 @@ paper's clipping. Then the weights are rounded to that grid, with compensation f
 calibration kept apart show that this helps (`awq_onnx.compensate`). What is reported, and the guard against ending
 worse than plain rounding, use the whole H.
 
-Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
+Columns of a weight do not depend on each other: they are worked on in strips, and no copy of a whole weight is made.
+
+Shapes: K in, N out, G blocks of b; weights are (K, N).
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from awq_onnx import codec, compensate
-from awq_onnx.codec import Float32, Format, Grid
+from awq_onnx.codec import Float32, Format, Grid, UInt8
 from awq_onnx.compensate import Compensation
-from awq_onnx.search import Reader, plain_error, scale_rows, share
-from awq_onnx.threads import map_columns
+from awq_onnx.search import SLICE, Reader, plain_error, share, slices
+from awq_onnx.threads import Spread, one_by_one
 
+STRIP = 1024  # columns rounded together: enough to make a step of compensation worth its call, few enough for memory
 SHRINKS = (1.0, 0.9, 0.8, 0.7)
 ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
 POLISHES = 2
@@ -33,33 +36,52 @@ FLATTENING, FLATTENING_COMPENSATED = 0.3, 1.0
 class Rounded:
     """A weight on its grid.
 
-    centred: codes less zero points, float32 integers (G, b, N). grid: scales and zero points.
+    codes: packed, uint8 (N, G, b * bits / 8), see `codec.pack`. grid: scales and zero points.
     loss: tr(E' H E) of what ships. plain_loss: the same of round-to-nearest without a scale.
     energy: tr(W' H W), to make both relative.
     """
 
-    centred: Float32
+    codes: UInt8
     grid: Grid
     loss: float
     plain_loss: float
     energy: float
 
+    @classmethod
+    def joined(cls, strips: Sequence[Rounded]) -> Rounded:
+        """Strips of columns side by side."""
+        if len(strips) == 1:
+            return strips[0]
+        grids = [strip.grid for strip in strips]
+        return cls(
+            np.concatenate([strip.codes for strip in strips]),
+            Grid(
+                np.concatenate([grid.scales for grid in grids], axis=1),
+                np.concatenate([grid.zero_points for grid in grids], axis=1),
+                grids[0].bits,
+            ),
+            sum(strip.loss for strip in strips),
+            sum(strip.plain_loss for strip in strips),
+            sum(strip.energy for strip in strips),
+        )
+
 
 def round_group(
-    readers: Sequence[Reader], scale: Float32, fmt: Format, *, random: bool = False
+    readers: Sequence[Reader], scale: Float32, fmt: Format, *, random: bool = False, spread: Spread = one_by_one
 ) -> tuple[Float32, list[Rounded]]:
     """Put s W on the best grid found for it, for the weights of all `readers`; the scale and the results.
 
     By the whole H no group ends worse than plain rounding without a scale: one that would gets s = 1, and a weight
-    whose refitted grid is worse than its plain one keeps the plain one. random: see `compensate.find`.
+    whose refitted grid is worse than its plain one keeps the plain one. random: see `compensate.find`. spread: a map
+    for pieces of work.
     """
-    rounded = _round_weights(readers, scale, fmt, random)
+    rounded = _round_weights(readers, scale, fmt, random, spread)
     if total_loss(readers, rounded) <= total_loss(readers, rounded, plain=True):
         return scale, rounded
     unscaled = np.ones_like(scale)
-    rounded = _round_weights(readers, unscaled, fmt, random)
+    rounded = _round_weights(readers, unscaled, fmt, random, spread)
     return unscaled, [
-        r if r.loss <= r.plain_loss else _plainly_rounded(reader.weight, r, reader.fmt or fmt)
+        r if r.loss <= r.plain_loss else _plainly_rounded(reader, r, reader.fmt or fmt)
         for r, reader in zip(rounded, readers, strict=True)
     ]
 
@@ -70,52 +92,84 @@ def total_loss(readers: Sequence[Reader], rounded: Sequence[Rounded], *, plain: 
     return sum(share(reader, readers) * loss for reader, loss in zip(readers, losses, strict=True))
 
 
-def _round_weights(readers: Sequence[Reader], scale: Float32, fmt: Format, random: bool) -> list[Rounded]:
-    inputs = {id(reader.statistics): reader.statistics for reader in readers}
-    found = {key: compensate.find(statistics, scale, random=random) for key, statistics in inputs.items()}
-    return [_round_weight(reader, scale, reader.fmt or fmt, found[id(reader.statistics)]) for reader in readers]
+def _round_weights(
+    readers: Sequence[Reader], scale: Float32, fmt: Format, random: bool, spread: Spread
+) -> list[Rounded]:
+    """One input after the other: how to compensate takes as much memory as its H."""
+    rounded: dict[int, Rounded] = {}
+    for statistics in {id(reader.statistics): reader.statistics for reader in readers}.values():
+        compensation = compensate.find(statistics, scale, random=random)
+        for at, reader in enumerate(readers):
+            if reader.statistics is statistics:
+                rounded[at] = _round_weight(reader, scale, reader.fmt or fmt, compensation, spread)
+    return [rounded[at] for at in range(len(readers))]
 
 
-def _round_weight(reader: Reader, scale: Float32, fmt: Format, compensation: Compensation | None) -> Rounded:
-    weight, statistics = reader.weight, reader.statistics
-    K, N = weight.shape
-    cost = np.divide(statistics.diagonal, np.square(scale), dtype=np.float32)
-    h = codec.to_blocks(cost[:, None], fmt.block_size)  # (G, b, 1)
-    h = h + np.float32(FLATTENING_COMPENSATED if compensation else FLATTENING) * h.mean(axis=1, keepdims=True)
-    unscaled = np.ones_like(scale)
-    centred = np.empty((fmt.blocks_of(K), fmt.block_size, N), np.float32)
-    scales, zero_points = np.empty((2, fmt.blocks_of(K), N), np.float32)
-    scaled_weight, unscaled_error = np.empty((2, K, N), np.float32)
+def _round_weight(
+    reader: Reader, scale: Float32, fmt: Format, compensation: Compensation | None, spread: Spread
+) -> Rounded:
+    _ = reader.emphasis  # once, before threads ask for it
+    strips = slices(reader.N, STRIP)
+    return Rounded.joined(list(spread(lambda strip: _round_strip(reader, strip, scale, fmt, compensation), strips)))
 
-    def work(columns: slice) -> None:
-        blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
-        scaled, scratch = np.empty_like(blocks), np.empty_like(blocks)
-        unscaled_error[:, columns] = plain_error(blocks, unscaled, fmt, scaled, scratch)
-        scale_rows(blocks, scale, scaled)
-        centred[:, :, columns], grid = refit(scaled, h, fmt)
-        scales[:, columns], zero_points[:, columns] = grid.scales, grid.zero_points
-        scaled_weight[:, columns] = codec.from_blocks(scaled, K)
 
-    map_columns(N, work)
-    grid = Grid(scales, zero_points, fmt.bits)
+def _round_strip(
+    reader: Reader, strip: slice, scale: Float32, fmt: Format, compensation: Compensation | None
+) -> Rounded:
+    """Some columns of a weight."""
+    weight, statistics = reader.columns(strip), reader.statistics
+    energy = statistics.loss(reader.emphasized(weight.copy(), strip) if reader.emphasis is not None else weight)
+    plain_loss = statistics.loss(reader.emphasized(_plain_error(weight, fmt), strip))
+    scaled = weight * scale[:, None]
+    del weight
+    grid, codes = _refit_columns(scaled, _costs(statistics.diagonal, scale, fmt, compensation), fmt)
     if compensation is not None:
-        centred = compensate.round_weight(scaled_weight, grid, fmt.block_size, compensation)
-    error = codec.from_blocks(codec.dequantize(centred, grid), K)
-    error -= scaled_weight
+        del codes
+        codes = compensate.round_weight(scaled, grid, fmt.block_size, compensation)
+    error = np.subtract(codec.from_blocks(codec.dequantize(codes, grid), len(scale)), scaled, out=scaled)
     error /= scale[:, None]
-    return Rounded(
-        centred=centred,
-        grid=grid,
-        loss=statistics.loss(reader.emphasized(error)),
-        plain_loss=statistics.loss(reader.emphasized(unscaled_error)),
-        energy=statistics.loss(weight if reader.emphasis is None else weight * reader.emphasis),
-    )
+    loss = statistics.loss(reader.emphasized(error, strip))
+    return Rounded(codec.pack(codes, grid), grid, loss, plain_loss, energy)
 
 
-def _plainly_rounded(weight: Float32, refitted: Rounded, fmt: Format) -> Rounded:
-    blocks = codec.to_blocks(weight, fmt.block_size)
-    grid = codec.minmax_grid(blocks, fmt)
-    return replace(refitted, centred=codec.centred_codes(blocks, grid), grid=grid, loss=refitted.plain_loss)
+def _costs(diagonal: Float32, scale: Float32, fmt: Format, compensation: Compensation | None) -> Float32:
+    """What an error in each row of s W costs, flattened within each block: float32 (G, b, 1)."""
+    cost = np.divide(diagonal, np.square(scale), dtype=np.float32)
+    h = codec.to_blocks(cost[:, None], fmt.block_size)
+    flattening = np.float32(FLATTENING_COMPENSATED if compensation else FLATTENING)
+    flattened: Float32 = h + flattening * h.mean(axis=1, keepdims=True)
+    return flattened
+
+
+def _refit_columns(scaled: Float32, h: Float32, fmt: Format) -> tuple[Grid, Float32]:
+    """The grid of s W (K, n), and the codes of plain rounding on it, less their zero points: float32 (G, b, n)."""
+    blocks = codec.to_blocks(scaled, fmt.block_size)
+    codes = np.empty_like(blocks)
+    scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32)
+    for some in slices(blocks.shape[2], SLICE):
+        codes[:, :, some], grid = refit(np.ascontiguousarray(blocks[:, :, some]), h, fmt)
+        scales[:, some], zero_points[:, some] = grid.scales, grid.zero_points
+    return Grid(scales, zero_points, fmt.bits), codes
+
+
+def _plain_error(weight: Float32, fmt: Format) -> Float32:
+    """What round-to-nearest without a scale does to a weight: (K, n)."""
+    error = np.empty_like(weight)
+    unscaled = np.ones(len(weight), np.float32)
+    for some in slices(weight.shape[1], SLICE):
+        blocks = codec.to_blocks(np.ascontiguousarray(weight[:, some]), fmt.block_size)
+        error[:, some] = plain_error(blocks, unscaled, fmt, np.empty_like(blocks), np.empty_like(blocks))
+    return error
+
+
+def _plainly_rounded(reader: Reader, refitted: Rounded, fmt: Format) -> Rounded:
+    def work(strip: slice) -> Rounded:
+        blocks = codec.to_blocks(reader.columns(strip), fmt.block_size)
+        grid = codec.minmax_grid(blocks, fmt)
+        return Rounded(codec.pack(codec.centred_codes(blocks, grid), grid), grid, 0, 0, 0)
+
+    plain = Rounded.joined([work(strip) for strip in slices(reader.N, STRIP)])
+    return replace(refitted, codes=plain.codes, grid=plain.grid, loss=refitted.plain_loss)
 
 
 def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:

@@ -12,7 +12,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from awq_onnx.errors import MissingPackageError, RuntimeFailedError
-from awq_onnx.widen import float32_twin
+from awq_onnx.threads import usable_cores
+from awq_onnx.widen import BFLOAT16, HALF, float32_twin
 
 LARGEST_GRAPH_BYTES = 64 << 20  # files above hold weights: no bfloat16 model of ours is one
 
@@ -34,21 +35,21 @@ def onnxruntime() -> ModuleType:
     return checked
 
 
-def session(model: bytes, folder: Path, *, fuse: bool = True, prepack: bool = False, spin: bool = True) -> Any:
+def session(model: bytes, folder: Path, *, fuse: bool = True, half: bool = True, spin: bool = True) -> Any:
     """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
 
     model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
-    onnxruntime may merge nodes, which changes the last bits of what they compute. prepack: whether it may copy every
-    weight into a layout that it multiplies a little faster. spin: whether its threads wait busily for the next node,
+    onnxruntime may merge nodes, which changes the last bits of what they compute, and copy constants for that. half:
+    whether a float16 model runs as it is, not as its float32 twin. spin: whether threads wait busily for the next node,
     which is fast alone and slow beside other threads.
     """
     options = _options()
     if not fuse:
         options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return _create(float32_twin(model), options)
+    return _create(float32_twin(model, BFLOAT16 if half else HALF), options)
 
 
 def client_session(model: Path) -> Any:
@@ -93,6 +94,7 @@ def first_line(error: Exception) -> str:
 def _options() -> Any:
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4  # errors are raised as well; logged, they would tear the progress display
+    options.intra_op_num_threads = usable_cores()
     options.enable_cpu_mem_arena = False  # the arena never gives memory back
     return options
 

@@ -8,7 +8,7 @@ Where this departs from the paper:
 * The error is tr(E' H E), H = X'X / T, which is ||X E||^2 / T exactly, whatever the number of tokens T; the paper
   runs the layer on the tokens. On the grid H is its diagonal plus its 8 largest eigenvectors: the same choice at a
   hundredth of the arithmetic.
-* alpha runs over 0, 0.05 .. 1 with both ends.
+* alpha runs over 0, 0.05 .. 1 with both ends; first on some columns of a wide weight, the best few then on all.
 * Clipping is left to what comes after, see `awq_onnx.rounding`.
 
 Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
@@ -16,9 +16,10 @@ Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,12 @@ from numpy.typing import NDArray
 from awq_onnx import codec
 from awq_onnx.codec import Float32, Format
 from awq_onnx.statistics import InputStatistics, mean_of
-from awq_onnx.threads import map_columns
+from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
+SAMPLED = 256  # columns of a wide weight that every alpha is tried on
+FINALISTS = 4  # alphas that are then tried on all columns, beside 0
+SLICE = 128  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
@@ -37,24 +41,36 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Reader:
-    """One weight (K, N), float32, and what is known of its input.
+    """One weight and what is known of its input.
 
-    head_size: how many neighbouring columns are normalised together right after (q_norm, k_norm), None where that is
-    not so. An error then counts relative to what such a head carries: however small that is, the norm brings it to
-    the size of all others. fmt: its own, where the layers of one scale differ.
+    weight: (K, N) of any float dtype, it may be a view of a file; times `factor`. head_size: how many neighbouring
+    columns are normalised together right after (q_norm, k_norm), None where that is not so. An error then counts
+    relative to what such a head carries: however small that is, the norm brings it to the size of all others. fmt: its
+    own, where the layers of one scale differ.
     """
 
-    weight: Float32
+    weight: NDArray[Any]
     statistics: InputStatistics
     head_size: int | None = None
     fmt: Format | None = None
+    factor: float = 1.0
+
+    @property
+    def N(self) -> int:
+        return int(self.weight.shape[1])
+
+    def columns(self, columns: slice = slice(None)) -> Float32:
+        """Some columns of the weight: float32 (K, n), contiguous."""
+        read = np.ascontiguousarray(self.weight[:, columns], dtype=np.float32)
+        return read if self.factor == 1 else read * np.float32(self.factor)
 
     @cached_property
     def emphasis(self) -> Float32 | None:
         """The root of mean energy / energy of its head, for each column: float32 (N,)."""
         if self.head_size is None:
             return None
-        heads = self.statistics.column_energy(self.weight).reshape(-1, self.head_size).mean(axis=1)
+        energies = [self.statistics.column_energy(self.columns(some)) for some in slices(self.N, SLICE)]
+        heads = np.concatenate(energies).reshape(-1, self.head_size).mean(axis=1)
         live = heads > heads.mean() * QUIETEST_HEAD
         factors = np.sqrt(np.divide(heads.mean(), heads, out=np.ones_like(heads), where=live))
         emphasis: Float32 = np.repeat(factors, self.head_size)
@@ -97,19 +113,55 @@ class ScaleLimits:
     smallest: Float32 | None = None
 
 
-def search_scale(readers: Sequence[Reader], fmt: Format, limits: ScaleLimits | None = None) -> ScaleChoice:
+def search_scale(
+    readers: Sequence[Reader], fmt: Format, limits: ScaleLimits | None = None, spread: Spread = one_by_one
+) -> ScaleChoice:
     """The scale with the smallest estimated loss, summed over all `readers` by the tokens they saw.
 
-    alpha = 0 is s = 1 and among the candidates, so no choice is worse than no scale.
+    alpha = 0 is s = 1 and among the candidates, so no choice is worse than no scale. spread: a map for pieces of work.
     """
     limits = limits or ScaleLimits()
     distinct = {id(reader.statistics): reader.statistics for reader in readers}
     act_mean = mean_of(list(distinct.values()))
     scales = [candidate_scale(act_mean, alpha, limits) for alpha in ALPHAS]
-    losses = np.sum([share(r, readers) * _plain_losses(r, scales, fmt) for r in readers], axis=0)
-    losses = np.where(np.isfinite(losses), losses, np.inf)
+    tried = list(range(len(ALPHAS)))
+    steps = [max(1, reader.N // SAMPLED) for reader in readers]
+    if max(steps) > 1:
+        sampled = [_every(step) for step in steps]
+        rough = _total_losses(readers, scales, fmt, sampled, spread, weights=steps)
+        tried = sorted({0, *np.argsort(rough, kind="stable")[:FINALISTS].tolist()})
+    exact = _total_losses(readers, [scales[i] for i in tried], fmt, [slices(r.N, SLICE) for r in readers], spread)
+    losses = np.full(len(ALPHAS), np.inf)
+    losses[tried] = np.where(np.isfinite(exact), exact, np.inf)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
+
+
+def _every(step: int) -> list[slice]:
+    """Every so-many-th column, in two pieces."""
+    return [slice(0, None, 2 * step), slice(step, None, 2 * step)]
+
+
+def _total_losses(
+    readers: Sequence[Reader],
+    scales: Sequence[Float32],
+    fmt: Format,
+    columns: Sequence[Iterable[slice]],
+    spread: Spread,
+    weights: Sequence[float] | None = None,
+) -> NDArray[np.float64]:
+    """The estimated loss of all readers at each scale, on some columns of each: float64 (len(scales),)."""
+    losses = [_plain_losses(r, scales, fmt, some, spread) for r, some in zip(readers, columns, strict=True)]
+    counts = [share(reader, readers) for reader in readers]
+    total: NDArray[np.float64] = np.multiply(counts, weights or 1.0) @ np.array(losses)
+    return total
+
+
+def slices(columns: int, width: int) -> list[slice]:
+    """range(columns) in pieces of nearly the same width, at most `width`."""
+    pieces = -(-columns // width)
+    even = -(-columns // pieces)
+    return [slice(start, min(start + even, columns)) for start in range(0, columns, even)]
 
 
 def share(reader: Reader, readers: Sequence[Reader]) -> float:
@@ -118,17 +170,20 @@ def share(reader: Reader, readers: Sequence[Reader]) -> float:
     return reader.statistics.tokens / most if most else 1.0
 
 
-def _plain_losses(reader: Reader, scales: Sequence[Float32], fmt: Format) -> NDArray[np.float64]:
-    """The estimated loss of s W on its min-max grid, for each s of `scales`: float64 (len(scales),)."""
-    weight, statistics, fmt = reader.weight, reader.statistics, reader.fmt or fmt
+def _plain_losses(
+    reader: Reader, scales: Sequence[Float32], fmt: Format, columns: Iterable[slice], spread: Spread
+) -> NDArray[np.float64]:
+    """The estimated loss of some columns of s W on its min-max grid, for each s of `scales`: float64 (len(scales),)."""
+    statistics, fmt = reader.statistics, reader.fmt or fmt
+    _ = statistics.principal, reader.emphasis  # once, before threads ask for them
 
-    def work(columns: slice) -> list[float]:
-        blocks = codec.to_blocks(weight[:, columns], fmt.block_size)  # (G, b, n)
+    def work(some: slice) -> list[float]:
+        blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
         errors = (plain_error(blocks, scale, fmt, scaled, error) for scale in scales)
-        return [statistics.estimated_loss(reader.emphasized(one, columns)) for one in errors]
+        return [statistics.estimated_loss(reader.emphasized(one, some)) for one in errors]
 
-    total: NDArray[np.float64] = np.sum(map_columns(weight.shape[1], work), axis=0)
+    total: NDArray[np.float64] = np.sum(list(spread(work, columns)), axis=0)
     return total
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx.codec import Float32
+from awq_onnx.symmetric import add_gram, mirror, quadratic
+
+IntArray = NDArray[np.int64]
 
 EIGENVECTORS = 8
 LOST_IN_ROUNDING = 0.01  # of a sum: what is left when the rest is subtracted in single precision
@@ -40,17 +43,22 @@ class InputStatistics:
         rest: Float32 = np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), np.float32(0))
         return rest
 
-    @property
-    def training_moment(self) -> Float32:
-        """H without the rows for validation, float32 (K, K); 0 for channels that carry little but there."""
-        if self.validation is None:
-            return self.second_moment
-        rest: Float32 = self.second_moment * np.float32(self.tokens) - self.validation.T @ self.validation
-        rest /= np.float32(max(self.tokens - len(self.validation), 1))
-        lost = np.diagonal(rest) < LOST_IN_ROUNDING * self.diagonal
-        rest[lost] = 0
-        rest[:, lost] = 0
-        return rest
+    def moment_without(self, unseen: Float32 | None, rows: IntArray, columns: IntArray) -> Float32:
+        """The rows and columns of H asked for, of all of X but the rows `unseen` (R, K)."""
+        part: Float32 = self.second_moment[rows[:, None], columns]
+        if unseen is not None:
+            part *= np.float32(self.tokens)
+            part -= unseen[:, rows].T @ unseen[:, columns]
+            part /= np.float32(max(self.tokens - len(unseen), 1))
+        return part
+
+    def diagonal_without(self, unseen: Float32 | None) -> Float32:
+        """The diagonal of H, of all of X but the rows `unseen`; 0 for channels that carry little but there."""
+        if unseen is None:
+            return self.diagonal
+        rest: Float32 = self.diagonal * np.float32(self.tokens) - np.square(unseen).sum(axis=0)
+        rest /= np.float32(max(self.tokens - len(unseen), 1))
+        return np.where(rest < LOST_IN_ROUNDING * self.diagonal, np.float32(0), rest)
 
     @property
     def diagonal(self) -> Float32:
@@ -58,7 +66,7 @@ class InputStatistics:
 
     def loss(self, error: Float32) -> float:
         """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
-        return float(np.vdot(error, self.second_moment @ error))
+        return quadratic(self.second_moment, error)
 
     def estimated_loss(self, error: Float32) -> float:
         """`loss` with diag(rest) + U U' in the place of H: O(8 K N) instead of O(K^2 N)."""
@@ -150,13 +158,14 @@ class Accumulator:
         if validation_rows:
             x = x[:: -(-len(x) // validation_rows) or 1].copy()
             self._validation += [x] if len(x) else []
-        self._second_moment += x.T @ x  # numpy sees the symmetry and does half the work
+        add_gram(self._second_moment, x)
         self._sum += np.abs(x).sum(axis=0)
         self._tokens += len(x)
 
     def finish(self) -> InputStatistics:
         """The means over all rows; ends the accumulation, since H is divided in place."""
         tokens = max(self._tokens, 1)
+        mirror(self._second_moment)
         self._second_moment /= tokens
         mean = (self._sum / tokens).astype(np.float32)
         return InputStatistics(self._second_moment, mean, self._max, self._tokens, _stacked(self._validation))

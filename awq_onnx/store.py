@@ -1,22 +1,19 @@
-"""Open a model without reading its weights, write one that appears whole or not at all.
+"""Open a model without reading its weights.
 
-Reading: weights stay memory-mapped in the files they came in, wherever ONNX allows them to be (inside the .onnx
-file, in one external file, in many). Writing: tensors go to the new data file one after the other as they are
-finished, the graph last; both are made in a work folder beside the output and renamed into place at the end.
+They stay memory-mapped in the files they came in, wherever ONNX allows them to be: inside the .onnx file, in one
+external file, in many.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import mmap
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -25,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from awq_onnx import wire
-from awq_onnx.errors import ModelError, ModelFileError, OutputError
+from awq_onnx.errors import ModelError, ModelFileError
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon
@@ -34,11 +31,6 @@ Array = NDArray[Any]
 ModelSource: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | onnx_graphsurgeon.Graph"
 
 INLINE_BYTES = 1 << 16  # tensors below stay in the graph in memory: norm gains, biases, shapes
-FILE_INLINE_BYTES = 1 << 10  # tensors below stay in the written graph file; the rest goes to the data file
-PAGE_BYTES = 4096  # large tensors start on a page of the data file, so that they can be mapped
-LINE_BYTES = 64  # small ones on a cache line
-COPY_BYTES = 1 << 24
-WORK_PREFIX = ".awq-onnx-"
 
 
 @dataclass(frozen=True)
@@ -69,6 +61,13 @@ class OpenedModel:
             if hasattr(mmap, "MADV_DONTNEED") and isinstance(mapped.base, mmap.mmap):
                 mapped.base.madvise(mmap.MADV_DONTNEED)
 
+    @property
+    def fingerprint(self) -> str | None:
+        """What changes whenever its files do; None for a model in memory."""
+        if self.path is None:
+            return None
+        return json.dumps([fingerprint(path) for path in sorted(self.files)])
+
     def serialize(self) -> bytes:
         """The ModelProto with its references: small, to be loaded with `folder`."""
         return bytes(ir.to_proto(self.model).SerializeToString())
@@ -92,6 +91,12 @@ def open_model(source: ModelSource) -> Iterator[OpenedModel]:
         path = Path(folder) / "model.onnx"
         _spill(source, path)
         yield replace(_open_file(path), path=None)
+
+
+def fingerprint(path: Path) -> list[str | int]:
+    """What changes whenever a file does, whatever its times are set to."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _spill(source: Any, path: Path) -> None:
@@ -172,7 +177,7 @@ def _locate_weights(model: ir.Model, path: Path) -> tuple[Path, dict[Path, int]]
                 f"the file has {sizes[file]}"
             )
         relative = file.relative_to(folder).as_posix()
-        value.const_value = _reference(value.name or "", relative, offset, tensor, folder)
+        value.const_value = reference(value.name or "", relative, offset, tensor, folder)
         if length < INLINE_BYTES:
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=tensor.dtype, name=value.name)
     return folder, sizes
@@ -184,130 +189,26 @@ def _check_length(tensor: ir.TensorProtocol) -> None:
         raise ValueError(f"tensor {tensor.name} does not have the bytes that its shape needs")
 
 
-def _reference(name: str, location: str, offset: int, like: ir.TensorProtocol, folder: Path) -> ir.ExternalTensor:
+def reference(name: str, location: str, offset: int, like: ir.TensorProtocol, folder: Path) -> ir.ExternalTensor:
+    """A tensor whose bytes lie in a file of `folder`."""
     return ir.ExternalTensor(
         location, offset, like.nbytes, like.dtype, shape=ir.Shape(like.shape.numpy()), name=name, base_dir=str(folder)
     )
 
 
-class OutputFiles:
-    """The model being written: NAME and NAME.data, both in a work folder until `publish`.
+def describe(tensor: ir.ExternalTensor) -> dict[str, Any]:
+    """A reference as JSON can hold it."""
+    return {
+        "name": tensor.name,
+        "location": str(tensor.location),
+        "offset": tensor.offset or 0,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape.numpy()),
+    }
 
-    Use as a context manager; leaving it removes the work folder, whatever happened.
-    """
 
-    def __init__(self, output: Path, source: OpenedModel, *, overwrite: bool) -> None:
-        self.output = output
-        self._data_name = f"{output.name}.data"
-        self._source = source
-        with self._failures():
-            self._check(overwrite)
-
-    def __enter__(self) -> OutputFiles:
-        with self._failures():
-            self._work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.output.parent))
-            self._data = (self._work / self._data_name).open("wb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # a full disk; that it is full has been said where it was met
-            self._data.close()
-        shutil.rmtree(self._work, ignore_errors=True)
-
-    def append(self, name: str, values: Array) -> ir.ExternalTensor:
-        """Write an array to the data file now; the tensor to put into the graph."""
-        with self._failures():
-            offset = self._align(values.nbytes)
-            self._data.write(np.ascontiguousarray(values).view(np.uint8).data)
-        like = ir.Tensor(values, name=name)
-        return _reference(name, self._data_name, offset, like, self._work)
-
-    def write(self, model: ir.Model) -> Path:
-        """Copy what `model` still refers to in the source, write the graph; the finished file in the work folder."""
-        path = self._work / self.output.name
-        with self._failures():
-            for graph in model.graphs():
-                for value in graph.initializers.values():
-                    value.const_value = self._moved(value)
-            self._data.flush()
-            os.fsync(self._data.fileno())
-            ir.save(model, path)
-        return path
-
-    def publish(self) -> int:
-        """Rename both files into place; their size in bytes. Whatever interrupts that, the old output comes back."""
-        names = (self._data_name, self.output.name)  # the graph last: with it the output is there
-        replaced = self._work / "replaced"
-        with self._failures():
-            self._data.close()
-            replaced.mkdir()
-            try:
-                for name in reversed(names):
-                    if (self.output.parent / name).exists():
-                        (self.output.parent / name).rename(replaced / name)
-                for name in names:
-                    (self._work / name).rename(self.output.parent / name)
-            except BaseException:
-                self._take_back(names, replaced)
-                raise
-            return sum((self.output.parent / name).stat().st_size for name in names)
-
-    def _take_back(self, names: Sequence[str], replaced: Path) -> None:
-        for name in names:
-            place = self.output.parent / name
-            if (replaced / name).exists():
-                (replaced / name).replace(place)
-            elif not (self._work / name).exists():  # the new one was put in place already, over nothing
-                place.unlink(missing_ok=True)
-
-    def _moved(self, value: ir.Value) -> ir.TensorProtocol | None:
-        tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING:
-            return tensor
-        if isinstance(tensor, ir.ExternalTensor):
-            return tensor if tensor.base_dir == str(self._work) else self._copied(tensor)
-        if tensor.nbytes < FILE_INLINE_BYTES:
-            return tensor
-        offset = self._align(tensor.nbytes)
-        self._data.write(tensor.tobytes())
-        return _reference(value.name or "", self._data_name, offset, tensor, self._work)
-
-    def _copied(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        offset = self._align(tensor.nbytes)
-        with Path(tensor.path).open("rb") as source:
-            source.seek(tensor.offset or 0)
-            remaining = tensor.nbytes
-            while remaining:
-                block = source.read(min(COPY_BYTES, remaining))
-                if not block:
-                    raise ModelFileError(f"{tensor.path} became shorter while it was being read")
-                self._data.write(block)
-                remaining -= len(block)
-        return _reference(tensor.name or "", self._data_name, offset, tensor, self._work)
-
-    def _align(self, size_bytes: int) -> int:
-        position = self._data.tell()
-        self._data.write(bytes(-position % (PAGE_BYTES if size_bytes >= INLINE_BYTES else LINE_BYTES)))
-        return self._data.tell()
-
-    def _check(self, overwrite: bool) -> None:
-        if not self.output.parent.is_dir():
-            raise OutputError(f"the folder {self.output.parent} for the output does not exist")
-        for path in (self.output, self.output.with_name(self._data_name)):
-            if path.is_dir():
-                raise OutputError(f"{path} is a folder, where the output has to write a file; choose another name")
-            if path.exists() and path.resolve() in self._source.files:
-                raise OutputError(f"the output {path} belongs to the model that is read; choose another name")
-            if path.exists() and not overwrite:
-                raise OutputError(f"{path} exists already; choose another name, or overwrite it with --force")
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.output}: {error.strerror}; no half-written model was left"
-            ) from error
+def described(description: Mapping[str, Any], folder: Path) -> ir.ExternalTensor:
+    """The reference, to a file in `folder`, that `describe` described."""
+    dtype, shape = ir.DataType[description["dtype"]], ir.Shape(description["shape"])
+    like = ir.LazyTensor(lambda: ir.Tensor(np.zeros(0)), dtype, shape)
+    return reference(description["name"], description["location"], description["offset"], like, folder)

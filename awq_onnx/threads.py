@@ -1,37 +1,108 @@
-"""Work on the columns of a weight with all cores: numpy lets go of the interpreter inside its loops."""
+"""All cores at work: jobs side by side, as many as memory allows, each with one thread of BLAS.
+
+BLAS's own threads wait for each other busily, which costs more than they bring where matrices are small or others
+compute as well; what is large runs alone, with all of them.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-COLUMNS = 384
+
+class Spread(Protocol):
+    """A map: results in order, work perhaps side by side."""
+
+    def __call__(self, work: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]: ...
+
+
+def one_by_one(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The map that needs no threads."""
+    return map(work, items)
+
+
+_LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+@contextmanager
+def limited(threads: int) -> Iterator[None]:
+    """Within this, `usable_cores` is that many."""
+    token = _LIMIT.set(threads)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
 
 
 def usable_cores() -> int:
     """Cores that this process may use."""
+    limit = _LIMIT.get()
+    if limit is not None:
+        return limit
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def map_columns(columns: int, work: Callable[[slice], Result]) -> list[Result]:
-    """`work` of every slice of range(columns), in order. Each call may write only its own columns."""
-    parts = 2 * -(-columns // (2 * COLUMNS))  # even, whatever the machine: the same sums in the same order
-    width = -(-columns // parts)
-    slices = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-    cores = min(usable_cores(), len(slices))
-    if cores <= 1:
-        return [work(part) for part in slices]
-    with _blas().limit(limits=1), ThreadPoolExecutor(cores) as pool:  # a core each; BLAS must not want them all
-        return list(pool.map(work, slices))
+class Workers:
+    """Use as a context manager; leaving it waits for what runs, and gives BLAS its threads back."""
+
+    def __init__(self, threads: int, budget_bytes: int) -> None:
+        self._threads = threads
+        self._budget_bytes = budget_bytes
+        self._running: dict[Future[Any], int] = {}
+
+    def __enter__(self) -> Workers:
+        self._limit = _blas().limit(limits=1)
+        self._pool = ThreadPoolExecutor(self._threads)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._limit.restore_original_limits()
+
+    def make_room(self, size_bytes: int) -> None:
+        """Wait until so much more fits into the budget beside what runs, or nothing runs any more."""
+        while self._running and sum(self._running.values()) + size_bytes > self._budget_bytes:
+            done, _ = wait(self._running, return_when="FIRST_COMPLETED")
+            for one in done:
+                del self._running[one]
+
+    def submit(self, size_bytes: int, job: Callable[[Spread], Result], *, large: bool = False) -> Future[Result]:
+        """Run a job that takes so much memory, in a thread; one that leaves no room for another at once and alone.
+
+        The job is given a map: in a thread of its own it has nobody to share with, alone it has all the others. large:
+        its matrices are, so that it runs alone and BLAS has all threads. (That alone may change a last bit: it must
+        not depend on the budget.)
+        """
+        if not large and 2 * size_bytes <= self._budget_bytes:
+            self.make_room(size_bytes)
+            future = self._pool.submit(job, one_by_one)
+            self._running[future] = size_bytes
+            return future
+        self.make_room(self._budget_bytes)
+        done: Future[Result] = Future()
+        with _blas().limit(limits=self._threads if large else 1):
+            done.set_result(job(self.spread))
+        return done
+
+    def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`work` of every item side by side, in order."""
+        with _blas().limit(limits=1):
+            yield from self._pool.map(work, items)
 
 
 @cache

@@ -1,34 +1,42 @@
-"""A bfloat16 model as float32, to run it where there are no bfloat16 kernels: onnxruntime's CPU has hardly any.
+"""A half-precision model as float32: onnxruntime's CPU has few kernels for float16, and hardly any for bfloat16.
 
-Every bfloat16 weight is read where it lies and cast; every type in between is float32. Nothing else changes.
+Every half-precision weight is read where it lies and cast; every type in between is float32. Nothing else changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+import ml_dtypes
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+Types = Collection[int]  # of TensorProto.DataType
 
-def has_bfloat16(proto: onnx.ModelProto) -> bool:
-    """Whether anything in the model's graphs or functions is bfloat16."""
-    attributes = (attribute for one in proto.functions for node in one.node for attribute in node.attribute)
-    return any(_has_bfloat16(graph) for graph in _graphs(proto.graph)) or any(map(_mentions_bfloat16, attributes))
+BFLOAT16: Types = (TensorProto.BFLOAT16,)
+HALF: Types = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
+HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
-def float32_twin(model: bytes) -> bytes:
-    """The serialised model without bfloat16; the same bytes where there is none."""
+def has_any(proto: onnx.ModelProto, types: Types) -> bool:
+    """Whether anything in the model's graphs or functions is of one of `types`."""
+    attributes = [attribute for one in proto.functions for node in one.node for attribute in node.attribute]
+    return any(_has_any(graph, types) for graph in _graphs(proto.graph)) or any(_mentions(a, types) for a in attributes)
+
+
+def float32_twin(model: bytes, types: Types = BFLOAT16) -> bytes:
+    """The serialised model with float32 in the place of `types`; the same bytes where there are none."""
     proto = onnx.ModelProto.FromString(model)
-    if not has_bfloat16(proto):
+    if not has_any(proto, types):
         return model
     for graph in list(_graphs(proto.graph))[::-1]:  # bodies before the nodes that hold them are copied
-        _widen(graph)
+        _widen(graph, types)
     for function in proto.functions:
         for node in function.node:
             for body in [one for attribute in node.attribute for one in _bodies(attribute)][::-1]:
-                _widen(body)
-            _widen_attributes(node)
+                _widen(body, types)
+            _widen_attributes(node, types)
     return bytes(proto.SerializeToString())
 
 
@@ -44,11 +52,11 @@ def _bodies(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
         yield from _graphs(body)
 
 
-def _has_bfloat16(graph: onnx.GraphProto) -> bool:
+def _has_any(graph: onnx.GraphProto, types: Types) -> bool:
     return (
-        any(tensor.data_type == TensorProto.BFLOAT16 for tensor in graph.initializer)
-        or any(_is_bfloat16(info) for info in _infos(graph))
-        or any(_mentions_bfloat16(attribute) for node in graph.node for attribute in node.attribute)
+        any(tensor.data_type in types for tensor in graph.initializer)
+        or any(_is_one(info, types) for info in _infos(graph))
+        or any(_mentions(attribute, types) for node in graph.node for attribute in node.attribute)
     )
 
 
@@ -56,40 +64,40 @@ def _infos(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     return [*graph.input, *graph.output, *graph.value_info]
 
 
-def _is_bfloat16(info: onnx.ValueInfoProto) -> bool:
-    return bool(info.type.tensor_type.elem_type == TensorProto.BFLOAT16)
+def _is_one(info: onnx.ValueInfoProto, types: Types) -> bool:
+    return info.type.tensor_type.elem_type in types
 
 
-def _mentions_bfloat16(attribute: onnx.AttributeProto) -> bool:
+def _mentions(attribute: onnx.AttributeProto, types: Types) -> bool:
     if attribute.name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
-        return bool(attribute.i == TensorProto.BFLOAT16)
-    return bool(attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16)
+        return attribute.i in types
+    return bool(attribute.HasField("t") and attribute.t.data_type in types)
 
 
-def _widen(graph: onnx.GraphProto) -> None:
+def _widen(graph: onnx.GraphProto, types: Types) -> None:
     for info in _infos(graph):
-        if _is_bfloat16(info):
+        if _is_one(info, types):
             info.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:
-        _widen_attributes(node)
+        _widen_attributes(node, types)
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.BFLOAT16:
+        if tensor.data_type not in types:
             continue
         if any(tensor.name == info.name for info in graph.input):  # the default of an input
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
         else:
-            stored = f"{tensor.name}.bfloat16"
-            casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
-            tensor.name = stored
+            kept = f"{tensor.name}.{TensorProto.DataType.Name(tensor.data_type).lower()}"
+            casts.append(helper.make_node("Cast", [kept], [tensor.name], to=TensorProto.FLOAT))
+            tensor.name = kept
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _widen_attributes(node: onnx.NodeProto) -> None:
+def _widen_attributes(node: onnx.NodeProto, types: Types) -> None:
     for attribute in node.attribute:
-        if not _mentions_bfloat16(attribute):
+        if not _mentions(attribute, types):
             continue
         if attribute.HasField("t"):
             values = numpy_helper.to_array(attribute.t).astype("float32")

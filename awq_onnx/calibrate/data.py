@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from awq_onnx.calibrate import companion, given, synthetic
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Arrays, Feed, Signature, complete
 from awq_onnx.calibrate.given import Calibration, Texts
 from awq_onnx.calibrate.maker import NOISY, PROSE, Maker
 from awq_onnx.errors import CalibrationError
+from awq_onnx.journal import Entry
+from awq_onnx.output import OutputFiles
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
-from awq_onnx.store import OpenedModel, open_model
+from awq_onnx.store import OpenedModel, describe, described, open_model
 
 __all__ = ["Calibration", "CalibrationData", "load"]
 
@@ -36,6 +39,29 @@ class CalibrationData:
     def all_feeds(self) -> tuple[Feed, ...]:
         """Every sample once."""
         return self.feeds + tuple(one for one in self.held_out if all(one is not other for other in self.feeds))
+
+    def keep(self, files: OutputFiles) -> Entry:
+        """Write the data aside; what `kept` reads them again with."""
+        count = iter(range(1 << 30))
+
+        def written(feed: Feed) -> Entry:
+            return {name: describe(files.keep(f"feed.{next(count)}", values)) for name, values in feed.items()}
+
+        return {
+            "feeds": [written(feed) for feed in self.feeds],
+            "held_out": [written(feed) for feed in self.held_out],
+            "source": self.source,
+            "random": self.random,
+        }
+
+    @classmethod
+    def kept(cls, entry: Entry, folder: Path) -> CalibrationData:
+        """The data that `keep` wrote to a folder."""
+
+        def read(feeds: list[Entry]) -> tuple[Feed, ...]:
+            return tuple({name: described(one, folder).numpy() for name, one in feed.items()} for feed in feeds)
+
+        return cls(read(entry["feeds"]), read(entry["held_out"]), entry["source"], entry["random"])
 
 
 def load(

@@ -2,23 +2,29 @@
 
 A part is a run of the topologically sorted nodes, cut where few tensors are alive and sized by a budget; nothing
 about transformers is assumed. Its inputs are the tensors that the parts before it left for it. onnxruntime runs a
-part node by node, nothing fused, so that where the cuts are changes no bit of fp32 activations. (In fp16 models it
-keeps some values in fp32 between nodes of one part, so there a cut is a rounding.)
+part node by node, nothing fused and all of it in fp32 (a half-precision model as its float32 twin, where it would keep
+some values between nodes in fp32 and round others), so that where the cuts are changes no bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir import serde
 
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
+from awq_onnx.calibrate.shelf import Shelf, Values
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.bodies import all_bodies
@@ -26,78 +32,179 @@ from awq_onnx.passes.constants import stored
 from awq_onnx.progress import unheard
 from awq_onnx.statistics import Accumulator, InputStatistics
 from awq_onnx.store import OpenedModel
+from awq_onnx.threads import Spread, one_by_one
+from awq_onnx.widen import HALVES
 
 Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an input of a group
 
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")
 VALIDATION_EVERY = 8  # one feed in so many, and one where there are fewer
 VALIDATION_ROWS = 512  # of every input, in all
-BUDGET_BYTES = 96 << 20  # of weights and second moments in one part; a part holds at least one node
+PART_BYTES = 48 << 20  # of second moments in one part, which holds at least one node
 
 
 @dataclass(frozen=True)
 class Part:
-    """nodes: in graph order. taps: the inputs of groups that are known once the part has run, name -> K."""
+    """nodes: in graph order. end: how many come before and in it. taps: the inputs of groups that are known once the
+    part has run, name -> K. tail: whether it leads to outputs of the model alone. size_bytes: of what is held while it
+    runs; share: of all work.
+    """
 
     nodes: tuple[ir.Node, ...]
     taps: Mapping[str, int]
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     dead_after: frozenset[str] = field(repr=False)
+    end: int = 0
+    tail: bool = False
+    size_bytes: int = 0
+    share: float = 0.0
 
 
-def collect(
-    opened: OpenedModel,
-    groups: Sequence[Group],
-    feeds: Iterable[Feed],
-    *,
-    budget_bytes: int = BUDGET_BYTES,
-    advance: Callable[[float], None] = unheard,
-) -> Iterator[list[tuple[Group, Statistics]]]:
-    """Run the model once over all `feeds`; after each part, the groups whose inputs are all known, with statistics.
-
-    Groups with inputs that the graph does not make by running it (in the body of a Loop) come last, without those.
-    advance: told the fraction of all running that has just been done.
+@dataclass(frozen=True)
+class Data:
+    """What runs through the parts. feeds: what is summed. measured: what goes on to the `outputs` of the model, and is
+    in no sum.
     """
-    parts = cut(opened.model.graph, groups, budget_bytes)
-    coming = {name for part in parts for name in part.taps}
-    missing = {group: {v.name or "" for v in group.inputs} & coming for group in groups}
-    known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in groups}
-    values = [dict(feed) for feed in feeds]
-    nodes = sum(len(part.nodes) for part in parts)
-    for part in parts:
-        share = len(part.nodes) / max(nodes, 1) / len(values)
-        made = _run_part(opened, part, values, lambda share=share: advance(share))  # type: ignore[misc]
-        for group, names in missing.items():
-            known[group].update((name, one) for name, one in made.items() if name in names)
-            names.difference_update(made)
-        made.clear()
-        finished = [group for group, names in missing.items() if not names]
-        for group in finished:
-            del missing[group]
-        yield [(group, known.pop(group)) for group in finished]
+
+    feeds: Sequence[Feed]
+    measured: Sequence[Feed] = ()
+    outputs: Sequence[str] = ()
 
 
-def _run_part(
-    opened: OpenedModel, part: Part, values: list[dict[str, NDArray[np.generic]]], advance: Callable[[], None]
-) -> dict[str, InputStatistics]:
-    sums = {name: Accumulator(K) for name, K in part.taps.items()}
-    session = None
-    apart = _validation_rows(len(values))
-    for position, alive in enumerate(values):
-        if session is None and part.makes:
-            model = extract(opened.model, part, alive).SerializeToString()
-            session = runtime.session(model, opened.folder, fuse=False, prepack=True, spin=False)
-        if session is not None:
-            made = runtime.run(session, list(part.makes), {name: alive[name] for name in part.reads})
-            alive.update(zip(part.makes, made, strict=True))
+@dataclass(frozen=True)
+class Saved:
+    """What `Segments.save` wrote. end: how many nodes had run. feeds: what was alive then."""
+
+    end: int
+    feeds: Sequence[Feed]
+
+    @classmethod
+    def read(cls, path: Path, end: int, feeds: int) -> Saved:
+        values: tuple[Values, ...] = tuple({} for _ in range(feeds))
+        with np.load(path) as arrays:
+            for key in arrays.files:
+                at, name = key.split(":", 1)
+                values[int(at)][name] = arrays[key]
+        return cls(end, values)
+
+
+class Segments:
+    """A model in parts, and the data on their way through it."""
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        groups: Sequence[Group],
+        data: Data,
+        *,
+        folder: Path,
+        budget_bytes: int,
+        finished: Collection[Group] = (),
+        saved: Saved | None = None,
+        spread: Spread = one_by_one,
+    ) -> None:
+        """folder: for values that do not fit into memory. budget_bytes: of memory. finished: those of `groups` that are
+        not wanted any more; saved: where `save` left off. spread: a map for pieces of work.
+        """
+        self._opened = opened
+        self._groups = [group for group in groups if group not in finished]
+        self._spread = spread
+        self._outputs = tuple(data.outputs)
+        self._summed = len(data.feeds)
+        self._apart = _validation_rows(self._summed)
+        parts = partial(cut, opened.model.graph, groups, min(PART_BYTES, budget_bytes // 4), data.outputs)
+        self.parts = parts(saved.end if saved else 0)
+        self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
+        feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
+        self._shelf = Shelf(folder, budget_bytes // 4, [_in_float32(feed) for feed in feeds])
+
+    def run(
+        self, *, make_room: Callable[[int], None] = unheard, advance: Callable[[float], None] = unheard
+    ) -> Iterator[list[tuple[Group, Statistics]]]:
+        """Run the parts; after each, the groups whose inputs are all known, with their statistics.
+
+        Groups with inputs that the graph does not make by running it (in the body of a Loop) come last, without those.
+        make_room: told the bytes that the next part takes. advance: told the fraction of all running just done.
+        """
+        known = self._known
+        coming = {name for part in self.parts for name in part.taps}
+        missing = {group: {v.name or "" for v in group.inputs} & coming for group in self._groups}
+        wanted = {name for names in missing.values() for name in names}
+        for part in self.parts:
+            make_room(part.size_bytes)
+            made = self._run_part(part, wanted, advance)
+            for group, names in missing.items():
+                known[group].update((name, one) for name, one in made.items() if name in names)
+                names.difference_update(made)
+            made.clear()
+            finished = [group for group, names in missing.items() if not names]
+            for group in finished:
+                del missing[group]
+            self._end = part.end
+            yield [(group, known.pop(group)) for group in finished]
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether no group waits for the rest of its inputs."""
+        return not any(self._known.values())
+
+    def save(self, path: Path) -> int:
+        """Write what is alive after the parts that have run, to go on from as `Saved`; how many nodes these have."""
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("wb") as file:
+            arrays = {f"{at}:{name}": one for at, alive in enumerate(self._shelf.feeds) for name, one in alive.items()}
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        return self._end
+
+    @property
+    def measured(self) -> list[list[NDArray[np.generic]]]:
+        """The outputs of the model for what was measured, once all parts have run."""
+        return [[alive[name] for name in self._outputs] for alive in self._shelf.feeds[self._summed :]]
+
+    def _run_part(
+        self, part: Part, wanted: Collection[str], advance: Callable[[float], None]
+    ) -> dict[str, InputStatistics]:
+        sums = {name: Accumulator(K) for name, K in part.taps.items() if name in wanted}
+        session = None
+        share = part.share / sum(one.share for one in self.parts) / len(self._shelf.feeds)
+        for position, alive in enumerate(self._shelf.feeds):
+            if part.tail and position < self._summed:
+                self._shelf.drop(alive, list(alive))
+                advance(share)
+                continue
+            if session is None and part.makes:
+                session = self._session(part, alive)
+            made = dict(
+                zip(part.makes, runtime.run(session, list(part.makes), {n: alive[n] for n in part.reads}), strict=True)
+                if session is not None
+                else ()
+            )
+            if position < self._summed:
+                self._add(sums, {**alive, **made}, self._apart.get(position, 0))
+            self._shelf.put(alive, {name: values for name, values in made.items() if name not in part.dead_after})
             del made
-        for name, accumulator in sums.items():
-            accumulator.update(_rows(alive[name], alive), apart.get(position, 0))
-        for name in part.dead_after:
-            alive.pop(name, None)
-        advance()
-    return {name: _finished(name, accumulator) for name, accumulator in sums.items()}
+            self._shelf.drop(alive, part.dead_after)
+            advance(share)
+        return {name: _finished(name, accumulator) for name, accumulator in sums.items()}
+
+    def _session(self, part: Part, alive: Feed) -> Any:
+        model = extract(self._opened.model, part, alive).SerializeToString()
+        return runtime.session(model, self._opened.folder, fuse=False, spin=False, half=False)
+
+    def _add(self, sums: Mapping[str, Accumulator], alive: Feed, validation_rows: int) -> None:
+        def add(name: str) -> None:
+            sums[name].update(_rows(alive[name], alive), validation_rows)
+
+        for _ in self._spread(add, sums):
+            pass
+
+
+def _in_float32(feed: Feed) -> Values:
+    return {name: one.astype(np.float32) if one.dtype in HALVES else one for name, one in feed.items()}
 
 
 def _validation_rows(feeds: int) -> dict[int, int]:
@@ -129,16 +236,27 @@ def _rows(activation: NDArray[np.generic], alive: Feed) -> NDArray[np.generic]:
     return rows
 
 
-def cut(graph: ir.Graph, groups: Sequence[Group], budget_bytes: int) -> list[Part]:
-    """The parts that lead to all inputs of `groups`; nodes that lead to none of them are in no part."""
-    nodes = _needed(graph, groups)
+def cut(
+    graph: ir.Graph, groups: Sequence[Group], part_bytes: int, outputs: Sequence[str] = (), begin: int = 0
+) -> list[Part]:
+    """The parts that lead to all inputs of `groups`, then those that lead to `outputs` alone; no other nodes.
+
+    begin: so many nodes have run already.
+    """
+    body = _needed(graph, {value.name or "" for group in groups for value in group.inputs})
+    inside = set(body)
+    tail = [node for node in _needed(graph, set(outputs)) if node not in inside]
+    nodes = [*body, *tail]
     last_read = {name: position for position, node in enumerate(nodes) for name in reads(node)}
-    kept = set(MASKS)  # they tell padding to every part, whoever reads them
+    last_read.update(dict.fromkeys(outputs, len(nodes)))
     waiting = {value.name or "": group.K for group in groups for value in group.inputs}
+    kept = {*MASKS, *outputs}  # masks tell padding to every part, whoever reads them
+    moments, weights = _sizes(nodes, waiting)
+    total = max(sum(moments) + sum(weights), 1)
     parts = []
     start = 0
     known = {value.name or "" for value in graph.inputs}
-    for stop in _cuts(nodes, last_read, dict(waiting), budget_bytes):
+    for stop in _cuts(nodes, last_read, moments, part_bytes, (0, begin, len(body), len(nodes))):
         run = nodes[start:stop]
         made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
         read = dict.fromkeys(name for node in run for name in reads(node) if name not in made)
@@ -147,40 +265,65 @@ def cut(graph: ir.Graph, groups: Sequence[Group], budget_bytes: int) -> list[Par
         makes = [name for name in made if name in later or name in taps]
         known.update(makes)
         dead = frozenset(name for name in known if last_read.get(name, -1) < stop) - kept
-        parts.append(Part(tuple(run), taps, tuple(read), tuple(makes), dead))
+        parts.append(
+            Part(
+                nodes=tuple(run),
+                taps=taps,
+                reads=tuple(read),
+                makes=tuple(makes),
+                dead_after=dead,
+                end=stop,
+                tail=start >= len(body),
+                size_bytes=sum(moments[start:stop]) + max(weights[start:stop], default=0),
+                share=(sum(moments[start:stop]) + sum(weights[start:stop])) / total,
+            )
+        )
         known -= dead
         start = stop
-    return parts
+    return [part for part in parts if part.end > begin]
+
+
+def _sizes(nodes: Sequence[ir.Node], tapped: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """Bytes of the second moments of what each node makes, and of its weights in fp32."""
+    made = ([output.name or "" for output in node.outputs] for node in nodes)
+    moments = [sum(4 * tapped[name] ** 2 for name in names if name in tapped) for names in made]
+    return moments, [_weight_bytes(node) for node in nodes]
 
 
 def _cuts(
-    nodes: Sequence[ir.Node], last_read: dict[str, int], tapped: Mapping[str, int], budget_bytes: int
+    nodes: Sequence[ir.Node],
+    last_read: Mapping[str, int],
+    moments: Sequence[int],
+    part_bytes: int,
+    borders: Sequence[int],
 ) -> list[int]:
-    """Where parts end: close to the budget, at the places where the fewest tensors are alive."""
-    alive = np.zeros(len(nodes) + 1, np.int64)
-    cost = np.zeros(len(nodes) + 1, np.int64)  # of the nodes before this place
+    """Where parts end: close to the budget, at the places where the fewest tensors are alive, and at the borders.
+
+    Only moments count: weights are mapped, and cost no more than the largest of them.
+    """
+    alive = np.zeros(len(nodes) + 2, np.int64)
     for position, node in enumerate(nodes):
-        made = [output.name or "" for output in node.outputs]
-        for name in made:
-            alive[position + 1 : last_read.get(name, position) + 1] += 1
-        moments = sum(4 * tapped[name] ** 2 for name in made if name in tapped)
-        cost[position + 1] = cost[position] + moments + _weight_bytes(node)
-    cuts, start = [], 0
-    while start < len(nodes):
-        last = int(np.searchsorted(cost, cost[start] + budget_bytes, side="right")) - 1
-        if last >= len(nodes):
-            break
-        first = max(start + 1, int(np.searchsorted(cost, cost[start] + budget_bytes // 2)))
-        last = max(last, first)
-        places = np.arange(first, last + 1)
-        start = int(places[::-1][np.argmin(alive[places[::-1]])])
-        cuts.append(start)
-    return [*cuts, len(nodes)] if not cuts or cuts[-1] != len(nodes) else cuts
+        for output in node.outputs:
+            alive[position + 1 : last_read.get(output.name or "", position) + 1] += 1
+    cost = np.concatenate([[0], np.cumsum(moments)])  # of the nodes before a place
+    cuts = []
+    for start, end in pairwise(borders):
+        while start < end:
+            first = max(start + 1, int(np.searchsorted(cost, cost[start] + part_bytes // 2)))
+            most = max(cost[start] + part_bytes, cost[min(first, end)])
+            last = int(np.searchsorted(cost, most, side="right")) - 1
+            if last >= end:
+                start = end
+            else:
+                places = np.arange(first, last + 1)[::-1]
+                start = int(places[np.argmin(alive[places])])
+            cuts.append(start)
+    return cuts
 
 
-def _needed(graph: ir.Graph, groups: Sequence[Group]) -> list[ir.Node]:
-    """The nodes that lead to the inputs of `groups`, in order, without those that only make constants."""
-    wanted = {value.name for group in groups for value in group.inputs}
+def _needed(graph: ir.Graph, wanted: set[str]) -> list[ir.Node]:
+    """The nodes that lead to values, in order, without those that only make constants."""
+    wanted = set(wanted)
     needed = []
     for node in reversed(list(graph)):
         if any(output.name in wanted and stored(output) is None for output in node.outputs):
@@ -209,17 +352,17 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 
 def _weight_bytes(node: ir.Node) -> int:
     tensors = [stored(value) for value in node.inputs if value is not None]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(4 * tensor.size for tensor in tensors if tensor is not None)
 
 
 def extract(model: ir.Model, part: Part, alive: Feed) -> onnx.ModelProto:
     """The part as a model of its own; `alive` tells the types of its inputs."""
-    nodes = [ir.to_proto(node) for node in part.nodes]
+    nodes = [serde.serialize_node(node) for node in part.nodes]
     constants: dict[str, ir.Value] = {}
     for node in part.nodes:
         constants.update((v.name or "", v) for v in _values_read(node) if stored(v) is not None)
     graph = onnx.helper.make_graph(
-        [*(ir.to_proto(node) for node in _constant_nodes(constants.values())), *nodes],
+        [*(serde.serialize_node(node) for node in _constant_nodes(constants.values())), *nodes],
         "part",
         [onnx.helper.make_tensor_value_info(name, _element_type(alive[name]), None) for name in part.reads],
         [onnx.ValueInfoProto(name=name) for name in part.makes],

@@ -30,7 +30,12 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     node = value.producer()
     if node is None or node.op_type != "Constant" or "sparse_value" in node.attributes:
         return None
-    return ir.convenience.get_const_tensor(value)
+    tensor: ir.TensorProtocol | None
+    if "value" in node.attributes and not node.attributes["value"].is_ref():
+        tensor = node.attributes["value"].value  # nearly always; the general way takes much longer
+    else:
+        tensor = ir.convenience.get_const_tensor(value)
+    return tensor
 
 
 def is_computed(value: ir.Value | None) -> bool:

@@ -1,0 +1,46 @@
+"""What a run may take of the machine. Nothing here changes a bit of the result."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import psutil
+
+from awq_onnx.errors import RecipeError
+from awq_onnx.threads import usable_cores
+
+SHARE = 4  # one part in so many of the memory that is free
+LEAST_BYTES, MOST_BYTES = 256 << 20, 1 << 30  # more brings nothing
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """threads: computing at the same time; None: a thread for each core that the process may use. memory_budget: bytes
+    to work with, beside what the program itself takes; one layer's statistics and search take what they take. None: a
+    quarter of what is free, at most 1 GiB.
+    """
+
+    threads: int | None = None
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+    def resolved(self) -> tuple[int, int]:
+        """The number of threads, and the bytes of the budget."""
+        free = psutil.virtual_memory().available
+        budget = self.memory_budget or min(MOST_BYTES, max(LEAST_BYTES, free // SHARE))
+        return self.threads or usable_cores(), budget
+
+
+def size_bytes(text: str) -> int:
+    """2GB, 1.5GiB, 500M as bytes. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if found is None or found[2] not in UNITS:
+        raise ValueError(f"{text!r} is no size; write it like 500MB or 2GiB")
+    return int(float(found[1]) * UNITS[found[2]])

@@ -1,0 +1,78 @@
+"""Large symmetric matrices, by blocks: nothing of their size is allocated, and nearly all work is in products.
+
+A (K, K) of a wide layer is half a gigabyte, so that every copy counts; and the Cholesky factor of LAPACK, as numpy
+reaches it, takes three to ten times as long as the products that make up the same factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+COLUMNS = 512  # of a product of many rows
+PANEL = 128  # columns of a factor that are made together
+
+
+def add_gram(total: Float32, x: Float32) -> None:
+    """Add x'x, x (T, K), to the upper triangle of `total` (K, K); `mirror` completes it."""
+    for start, stop in runs(len(total), COLUMNS):
+        total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
+
+
+def mirror(upper: Float32) -> None:
+    """Copy the upper triangle (K, K) to the lower one, in place."""
+    for start, stop in runs(len(upper), COLUMNS):
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+        within = upper[start:stop, start:stop]
+        within[...] = np.triu(within) + np.triu(within, 1).T
+
+
+def quadratic(symmetric: Float32, x: Float32) -> float:
+    """tr(x' A x), A (K, K) symmetric, x (K, n): every product of two different blocks is made once."""
+    total = 0.0
+    for start, stop in runs(len(symmetric), COLUMNS):
+        product = symmetric[start:stop, start:stop] @ x[start:stop]
+        if start:
+            product += 2 * (symmetric[start:stop, :start] @ x[:start])
+        total += float(np.vdot(x[start:stop], product))
+    return total
+
+
+def cholesky(matrix: Float32, shrink: float) -> list[Float32]:
+    """L L' = C, L lower triangular, C the correlations in `matrix` (K, K) with all but the diagonal shrunk; in place.
+
+    C is above the diagonal (its own is 1) and stays there, L is written to the diagonal and below it. Returns the
+    inverses of L's diagonal blocks. Well conditioned as C is then, single precision is enough.
+    """
+    inverses: list[Float32] = []
+    for start, stop in runs(len(matrix), PANEL):
+        panel = matrix[start:stop, start:].T * np.float32(1 - shrink)  # (K - start, n)
+        within = panel[: stop - start]
+        within[...] = np.tril(within, -1)
+        np.fill_diagonal(within, 1)
+        if start:
+            panel -= matrix[start:, :start] @ matrix[start:stop, :start].T
+        factor = np.linalg.cholesky(within)
+        inverses.append(np.linalg.inv(factor).astype(np.float32, copy=False))
+        diagonal_block = matrix[start:stop, start:stop]
+        np.copyto(diagonal_block, factor, where=np.tri(stop - start, dtype=bool))
+        matrix[stop:, start:stop] = panel[stop - start :] @ inverses[-1].T
+    return inverses
+
+
+def solve(factor: Float32, inverses: Sequence[Float32], rows: Float32) -> Float32:
+    """Z with Z L' = Y, for rows Y (R, K); L and the inverses are those of `cholesky`: float32 (R, K)."""
+    solved = np.empty_like(rows)
+    for (start, stop), inverse in zip(runs(len(factor), PANEL), inverses, strict=True):
+        left = rows[:, start:stop] - solved[:, :start] @ factor[start:stop, :start].T
+        solved[:, start:stop] = left @ inverse.T
+    return solved
+
+
+def runs(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of range(length)."""
+    return ((start, min(start + size, length)) for start in range(0, length, size))
