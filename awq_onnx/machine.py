@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import psutil
 
 from awq_onnx.errors import RecipeError
-from awq_onnx.threads import usable_cores
 
 SHARE = 4  # one part in so many of the memory that is free
 LEAST_BYTES, MOST_BYTES = 256 << 20, 1 << 30  # more brings nothing
@@ -31,11 +30,11 @@ class Machine:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
-    def resolved(self) -> tuple[int, int]:
-        """The number of threads, and the bytes of the budget."""
-        free = psutil.virtual_memory().available
-        budget = self.memory_budget or min(MOST_BYTES, max(LEAST_BYTES, free // SHARE))
-        return self.threads or usable_cores(), budget
+    @property
+    def budget_bytes(self) -> int:
+        """The budget, or what it is by default."""
+        free: int = psutil.virtual_memory().available
+        return self.memory_budget or min(MOST_BYTES, max(LEAST_BYTES, free // SHARE))
 
 
 def size_bytes(text: str) -> int:

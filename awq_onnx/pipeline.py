@@ -79,8 +79,9 @@ def quantize(
     `awq_onnx.errors`); no output is written then.
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
-    cores, budget_bytes = (machine or Machine()).resolved()
-    with Meter() as meter, threads.limited(cores), open_model(model) as opened:
+    machine = machine or Machine()
+    budget_bytes = machine.budget_bytes
+    with Meter() as meter, threads.limited(machine.threads), open_model(model) as opened:
         wanted = signature(opened.model.graph)
         key = resume.key(opened, wanted, recipe, calibration, tokenizer)
         with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:

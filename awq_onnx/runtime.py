@@ -12,7 +12,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from awq_onnx.errors import MissingPackageError, RuntimeFailedError
-from awq_onnx.threads import usable_cores
+from awq_onnx.threads import limit
 from awq_onnx.widen import BFLOAT16, HALF, float32_twin
 
 LARGEST_GRAPH_BYTES = 64 << 20  # files above hold weights: no bfloat16 model of ours is one
@@ -94,7 +94,7 @@ def first_line(error: Exception) -> str:
 def _options() -> Any:
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4  # errors are raised as well; logged, they would tear the progress display
-    options.intra_op_num_threads = usable_cores()
+    options.intra_op_num_threads = limit() or 0  # 0: as many as onnxruntime thinks best
     options.enable_cpu_mem_arena = False  # the arena never gives memory back
     return options
 

@@ -36,8 +36,8 @@ _LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
 @contextmanager
-def limited(threads: int) -> Iterator[None]:
-    """Within this, `usable_cores` is that many."""
+def limited(threads: int | None) -> Iterator[None]:
+    """Within this, `usable_cores` is that many; None: as without it."""
     token = _LIMIT.set(threads)
     try:
         yield
@@ -45,11 +45,16 @@ def limited(threads: int) -> Iterator[None]:
         _LIMIT.reset(token)
 
 
+def limit() -> int | None:
+    """What `limited` says."""
+    return _LIMIT.get()
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
-    limit = _LIMIT.get()
-    if limit is not None:
-        return limit
+    limited_to = limit()
+    if limited_to is not None:
+        return limited_to
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

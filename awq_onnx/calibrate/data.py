@@ -20,6 +20,7 @@ from awq_onnx.store import OpenedModel, describe, described, open_model
 
 __all__ = ["Calibration", "CalibrationData", "load"]
 
+NO_WRITER = "This is no language model that could write its own text"
 SIDE_BY_SIDE = 4  # sequences in one feed: enough rows for fast products, few enough for memory
 HELD_OUT_SHARE = 16  # one sequence in so many is kept to measure the result with
 
@@ -120,8 +121,10 @@ def _self_made(maker: Maker, samples: int) -> tuple[Arrays, str]:
     arrays, what = maker.fill({}, samples if batch is None else max(-(-samples // batch), 2) * batch)
     if what in (PROSE, *NOISY):
         or_text = ", or file.txt" if maker.wanted.takes_tokens else ""
+        large = maker.is_large and what == PROSE
+        why = "The model would take long to write its own text" if large else NO_WRITER
         maker.progress.note(
-            f"This is no language model that could write its own text: it is calibrated with {what}. "
+            f"{why}: it is calibrated with {what}. "
             f"Inputs of your own (--calibration data.npz{or_text}) give a better model."
         )
     return arrays, what

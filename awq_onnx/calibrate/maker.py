@@ -34,6 +34,7 @@ from awq_onnx.store import OpenedModel, open_model
 RANDOM = "random inputs"
 PROSE = "short texts that come with awq-onnx"
 PROSE_AND_NOISE = f"{PROSE}, the rest of the inputs random"
+LARGE_BYTES = 4 << 30  # a model file above takes hours to write its own text
 NOISY = (RANDOM, PROSE_AND_NOISE)
 
 
@@ -64,7 +65,12 @@ class Maker:
 
     @cached_property
     def session(self) -> Any:
-        return runtime.session(self.opened.serialize(), self.opened.folder)
+        """Of a large model nothing is fused: that may copy weights."""
+        return runtime.session(self.opened.serialize(), self.opened.folder, fuse=not self.is_large)
+
+    @property
+    def is_large(self) -> bool:
+        return self.opened.size_bytes > LARGE_BYTES
 
     def fill(self, given: Arrays, samples: int) -> tuple[Arrays, str]:
         """`given` plus every input that does not follow from others; and what to call a sample, for people.
@@ -80,8 +86,10 @@ class Maker:
             self.progress.note("There is no decoder beside the model that makes its caches: they are random numbers.")
         if self.wanted.text in given:
             return made, RANDOM
-        if not self._can_write(made, length):
-            return self._with_prose(given, known, made, samples, length)
+        if self.is_large or not self._can_write(made, length):
+            prose = self._with_prose(given, known, made, samples, length)
+            if prose[1] != RANDOM or not self._can_write(made, length):
+                return prose
         texts = self._written(made, samples, length)
         length = texts[self.wanted.text].shape[1]
         return {**made, **texts}, f"sequences of {length} tokens that the model wrote itself"
