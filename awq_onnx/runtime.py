@@ -35,17 +35,21 @@ def onnxruntime() -> ModuleType:
     return checked
 
 
-def session(model: bytes, folder: Path, *, fuse: bool = True, half: bool = True, spin: bool = True) -> Any:
+def session(
+    model: bytes, folder: Path, *, fuse: bool = True, half: bool = True, spin: bool = True, reuse: bool = True
+) -> Any:
     """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
 
     model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
     onnxruntime may merge nodes, which changes the last bits of what they compute, and copy constants for that. half:
     whether a float16 model runs as it is, not as its float32 twin. spin: whether threads wait busily for the next node,
-    which is fast alone and slow beside other threads.
+    which is fast alone and slow beside other threads. reuse: whether values may take the memory of others, which takes
+    time to plan that grows with the square of the nodes.
     """
     options = _options()
     if not fuse:
         options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = reuse
     options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

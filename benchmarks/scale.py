@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,11 @@ GREY = "0.55"
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Peaks of a process in bytes."""
+class Cost:
+    """Of a process; memory is the most it had at one time."""
 
+    seconds: float
+    cpu_seconds: float
     private_bytes: int
     resident_bytes: int
 
@@ -60,7 +63,8 @@ class Run:
 
     shape: of the model, a key of SHAPES; layers: how many it had. of_layers: whether it belongs to `--layers`.
     weight_bytes, moment_bytes: of the largest weight, and of the largest second moment (K x K), in fp32.
-    quantized, folded: layers, and those whose scale a node absorbed. stages: seconds, as awq-onnx reports them.
+    quantized, folded: layers, and those whose scale a node absorbed. cpu_seconds: of all cores, which other work on the
+    machine changes less than the seconds. stages: seconds, as awq-onnx reports them.
     """
 
     shape: str
@@ -79,16 +83,17 @@ class Run:
     quantized: int
     folded: int
     seconds: float
+    cpu_seconds: float
     stages: Mapping[str, float]
     private_bytes: int
     resident_bytes: int
 
     @property
-    def settings(self) -> str:
+    def settings(self) -> tuple[str, ...]:
         """What has to agree for two runs to be comparable."""
-        of_shape = f"layers of {self.shape}, " if self.of_layers else ""
-        options = f", {' '.join(self.options)}" if self.options else ""
-        return f"{of_shape}{self.dtype}, {self.samples} x {self.length} tokens, {self.cpus} cores{options}"
+        of_shape = (f"layers of {self.shape}",) if self.of_layers else ()
+        options = (" ".join(self.options),) if self.options else ()
+        return (*of_shape, self.dtype, f"{self.samples} x {self.length} tokens", f"{self.cpus} cores", *options)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def measured(name: str, layers: int | None, arguments: argparse.Namespace) -> Ru
         _say(f"{label}: quantising {size_bytes(model) / GB:.2f} GB")
         command = [sys.executable, "-m", "awq_onnx", str(model), "-o", str(folder / "int4.onnx")]
         command += ["--calibration", str(ids), "--samples", str(arguments.samples), "--quiet", "--json", "--force"]
-        report, seconds, memory = watched([*command, *_options(arguments)])
+        report, cost = watched([*command, *_options(arguments)])
     return Run(
         shape=name,
         layers=shape.layers,
@@ -135,10 +140,8 @@ def measured(name: str, layers: int | None, arguments: argparse.Namespace) -> Ru
         moment_bytes=max(4 * one["K"] ** 2 for one in report["matmuls"]),
         quantized=len(report["matmuls"]),
         folded=sum(one["fold"] is not None for one in report["matmuls"]),
-        seconds=seconds,
         stages=report["seconds"],
-        private_bytes=memory.private_bytes,
-        resident_bytes=memory.resident_bytes,
+        **asdict(cost),
     )
 
 
@@ -172,26 +175,32 @@ def _calibration(folder: Path, shape: Shape, samples: int, length: int) -> Path:
     return path
 
 
-def watched(command: Sequence[str]) -> tuple[dict[str, Any], float, Memory]:
-    """Run a command; what it prints, as JSON, its seconds, and its peaks of memory."""
+def watched(command: Sequence[str]) -> tuple[dict[str, Any], Cost]:
+    """Run a command; what it prints, as JSON, and what it cost."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        start = time.perf_counter()
+        before, start = _cpu_seconds(), time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         try:
-            memory = _peaks(process)
+            private_bytes, resident_bytes = _peaks(process)
         finally:
             process.kill()  # where this was interrupted; one that has ended does not notice
             process.wait()
-        seconds = time.perf_counter() - start
+        cost = Cost(time.perf_counter() - start, _cpu_seconds() - before, private_bytes, resident_bytes)
         output.seek(0)
         errors.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(command)}\nended with {process.returncode}: {errors.read().decode().strip()}")
-        return json.load(output), seconds, memory
+        return json.load(output), cost
 
 
-def _peaks(process: subprocess.Popen[bytes]) -> Memory:
-    """The most memory that a process has until it ends."""
+def _cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _peaks(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """The most private and resident memory that a process has until it ends, in bytes."""
     status = Path(f"/proc/{process.pid}/status")
     private, resident = 0, 0
     while process.poll() is None:
@@ -200,7 +209,7 @@ def _peaks(process: subprocess.Popen[bytes]) -> Memory:
             private = max(private, _bytes(fields["RssAnon"]))
             resident = max(resident, _bytes(fields["VmRSS"]))
         time.sleep(SAMPLE_SECONDS)
-    return Memory(private, resident)
+    return private, resident
 
 
 def _bytes(field: str) -> int:
@@ -211,13 +220,17 @@ def sizes_table(runs: Sequence[Run]) -> Iterator[str]:
     """Markdown, a line for each run over sizes."""
     stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
     yield from _header(
-        "parameters, 10^9", "layers", "folded", "model MB", "largest weight MB", "K x K MB", "s", *stages,
+        "parameters, 10^9", "layers", "folded", "model MB", "largest weight MB", "K x K MB", "s", "CPU s", *stages,
         "private MB", "resident MB", "private / model",
     )  # fmt: skip
     for run in runs:
         cells = [f"{run.parameters / GB:.2f}", f"{run.layers}", f"{run.folded} of {run.quantized}"]
         cells += [f"{size / MB:.0f}" for size in (run.model_bytes, run.weight_bytes, run.moment_bytes)]
-        cells += [f"{run.seconds:.0f}", *(f"{run.stages.get(stage, 0):.1f}" for stage in stages)]
+        cells += [
+            f"{run.seconds:.0f}",
+            f"{run.cpu_seconds:.0f}",
+            *(f"{run.stages.get(stage, 0):.1f}" for stage in stages),
+        ]
         cells += [f"{run.private_bytes / MB:.0f}", f"{run.resident_bytes / MB:.0f}"]
         yield _row(*cells, f"{run.private_bytes / run.model_bytes:.2f}")
 
@@ -225,11 +238,11 @@ def sizes_table(runs: Sequence[Run]) -> Iterator[str]:
 def layers_table(runs: Sequence[Run]) -> Iterator[str]:
     """Markdown, a line for each run over layers; and how straight a line they make."""
     line = Line.through(runs) if len({run.layers for run in runs}) > 2 else None
-    yield from _header("layers", "s", "on the line s", "private MB", "resident MB")
+    yield from _header("layers", "s", "on the line s", "CPU s", "private MB", "resident MB")
     for run in runs:
         on_line = f"{line.fixed + line.each * run.layers:.1f}" if line else "-"
         memory = (f"{size / MB:.0f}" for size in (run.private_bytes, run.resident_bytes))
-        yield _row(f"{run.layers}", f"{run.seconds:.1f}", on_line, *memory)
+        yield _row(f"{run.layers}", f"{run.seconds:.1f}", on_line, f"{run.cpu_seconds:.1f}", *memory)
     yield ""
     if line is None:
         yield "a line takes three numbers of layers or more"
@@ -250,7 +263,7 @@ def tables(runs: Sequence[Run]) -> Iterator[str]:
     """Every table there is something for: runs are compared only with others of the same settings."""
     for settings in dict.fromkeys(run.settings for run in runs):
         chosen = [run for run in runs if run.settings == settings]
-        yield f"\n{settings}:\n"
+        yield f"\n{', '.join(settings)}:\n"
         if chosen[0].of_layers:
             yield from layers_table(sorted(chosen, key=lambda run: run.layers))
         else:
@@ -259,25 +272,34 @@ def tables(runs: Sequence[Run]) -> Iterator[str]:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Memory and time over size, one line for each measure and settings."""
-    pyplot = _pyplot()
     over_sizes = sorted((run for run in runs if not run.of_layers), key=lambda run: run.parameters)
     if not over_sizes:
         sys.exit("scale.py: nothing to plot: there is no run over sizes")
-    figure, (memory, seconds) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    pyplot = _pyplot()
+    figure, (memory, minutes) = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     every = list(dict.fromkeys(run.settings for run in over_sizes))
     for settings, style in zip(every, cycle(["-", "--", ":", "-."])):
         chosen = [run for run in over_sizes if run.settings == settings]
-        which = f", {settings}" if len(every) > 1 else ""
+        which = _apart(settings, every)
         _curve(memory, chosen, lambda run: run.resident_bytes / GB, f"peak resident{which}", f"C0{style}")
         _curve(memory, chosen, lambda run: run.private_bytes / GB, f"peak private{which}", f"C1{style}")
-        _curve(seconds, chosen, lambda run: run.seconds / 60, f"whole command{which}", f"C2{style}")
-    _guide(memory, over_sizes, lambda run: run.model_bytes / GB, "size of the model file")
-    first = min(over_sizes, key=lambda run: run.parameters)
-    _guide(seconds, over_sizes, lambda run: first.seconds / 60 * run.parameters / first.parameters, "in proportion")
-    _label(memory, over_sizes, "peak memory, GB")
-    _label(seconds, over_sizes, "time, minutes")
+        _curve(minutes, chosen, lambda run: run.seconds / 60, f"whole command{which}", f"C2{style}")
+    first = over_sizes[0]
+    _guide(memory, over_sizes, lambda run: run.model_bytes / GB, "the model file")
+    _guide(minutes, over_sizes, lambda run: first.seconds / 60 * run.parameters / first.parameters, "in proportion")
+    _label(memory, over_sizes, "memory, GB")
+    _label(minutes, over_sizes, "time, minutes")
+    figure.suptitle(", ".join(one for one in every[0] if all(one in other for other in every)), fontsize="small")
     pyplot.rcParams["svg.hashsalt"] = "awq-onnx"  # the same figures, the same bytes
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _apart(settings: Sequence[str], every: Sequence[Sequence[str]]) -> str:
+    """What tells settings from the others, to write behind a name."""
+    if len(every) < 2:
+        return ""
+    own = [one for one in settings if not all(one in other for other in every)]
+    return f", {', '.join(own) or 'no option'}"
 
 
 def _pyplot() -> Any:
@@ -310,7 +332,7 @@ def _label(axes: Any, runs: Sequence[Run], title: str) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.14))
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -51,7 +51,7 @@ def trace(
 def _run(built: skeleton.Skeleton, folder: Path, feed: Feed) -> Runs:
     if not built.outputs:
         return {}
-    session = runtime.session(built.model.SerializeToString(), folder)
+    session = runtime.session(built.model.SerializeToString(), folder, fuse=False, reuse=False)
     needed = {value.name for value in session.get_inputs()}
     digits = _digits_needed(max(size for size, _ in built.drives.values()))
     drives: list[Drive] = [_ones, *(partial(_digit, position) for position in range(digits)), _scattered]

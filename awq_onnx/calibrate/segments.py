@@ -243,11 +243,12 @@ def cut(
 
     begin: so many nodes have run already.
     """
-    body = _needed(graph, {value.name or "" for group in groups for value in group.inputs})
+    reading = {node: reads(node) for node in graph}
+    body = _needed(reading, {value.name or "" for group in groups for value in group.inputs})
     inside = set(body)
-    tail = [node for node in _needed(graph, set(outputs)) if node not in inside]
+    tail = [node for node in _needed(reading, set(outputs)) if node not in inside]
     nodes = [*body, *tail]
-    last_read = {name: position for position, node in enumerate(nodes) for name in reads(node)}
+    last_read = {name: position for position, node in enumerate(nodes) for name in reading[node]}
     last_read.update(dict.fromkeys(outputs, len(nodes)))
     waiting = {value.name or "": group.K for group in groups for value in group.inputs}
     kept = {*MASKS, *outputs}  # masks tell padding to every part, whoever reads them
@@ -259,7 +260,7 @@ def cut(
     for stop in _cuts(nodes, last_read, moments, part_bytes, (0, begin, len(body), len(nodes))):
         run = nodes[start:stop]
         made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
-        read = dict.fromkeys(name for node in run for name in reads(node) if name not in made)
+        read = dict.fromkeys(name for node in run for name in reading[node] if name not in made)
         taps = {name: waiting.pop(name) for name in list(waiting) if name in made or name in known}
         later = {name for name in made if last_read.get(name, -1) >= stop}
         makes = [name for name in made if name in later or name in taps]
@@ -321,14 +322,14 @@ def _cuts(
     return cuts
 
 
-def _needed(graph: ir.Graph, wanted: set[str]) -> list[ir.Node]:
-    """The nodes that lead to values, in order, without those that only make constants."""
+def _needed(reading: Mapping[ir.Node, Sequence[str]], wanted: set[str]) -> list[ir.Node]:
+    """The nodes that lead to values, in order, without those that only make constants. reading: what each reads."""
     wanted = set(wanted)
     needed = []
-    for node in reversed(list(graph)):
+    for node, names in reversed(list(reading.items())):
         if any(output.name in wanted and stored(output) is None for output in node.outputs):
             needed.append(node)
-            wanted.update(reads(node))
+            wanted.update(names)
     return needed[::-1]
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from awq_onnx.errors import InternalError
 from awq_onnx.passes.bodies import all_nodes
-from awq_onnx.passes.constants import constant, is_computed
+from awq_onnx.passes.constants import constant, is_plain
 from awq_onnx.passes.sites import LAYER_OPS, node_name
 
 
@@ -28,7 +28,14 @@ class Outline:
 
 
 def outline_of(graph: ir.Graph) -> Outline:
-    ops = Counter(node.op_type for node in all_nodes(graph) if not is_computed(node.outputs[0]))
+    constants: set[ir.Value] = set()
+    ops: Counter[str] = Counter()
+    for node in all_nodes(graph):
+        known = (value is None or value in constants or constant(value) is not None for value in node.inputs)
+        if node.op_type == "Constant" or (is_plain(node) and all(known)):
+            constants.update(node.outputs)
+        else:
+            ops[node.op_type] += 1
     return Outline(
         tuple(value.name for value in graph.inputs),
         tuple(value.name for value in graph.outputs),

@@ -96,7 +96,7 @@ def _nodes_behind(value: ir.Value) -> list[ir.Node] | None:
         if constant(one) is not None:
             return True
         node = one.producer()
-        if node is None or one.is_graph_input() or not _is_plain(node):
+        if node is None or one.is_graph_input() or not is_plain(node):
             return False
         if node in nodes:
             return True
@@ -109,7 +109,7 @@ def _nodes_behind(value: ir.Value) -> list[ir.Node] | None:
     return list(nodes) if visit(value) else None
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain(node: ir.Node) -> bool:
     """Whether a node always makes the same of the same inputs, and holds no bodies."""
     bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
     return (
