@@ -45,13 +45,15 @@ class Journal:
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
             try:
                 read = json.loads(line)
-            except ValueError:
+                if not line.endswith(b"\n") or (number == 0 and read != {"key": key}):
+                    break
+                if number:
+                    name, entry, ends = read["name"], dict(read["entry"]), tuple(map(int, read["ends"]))
+                    if len(ends) != len(self.ends):
+                        break
+                    self.entries[name], self.ends = entry, ends
+            except (ValueError, TypeError, KeyError):  # whatever it is, no line of ours
                 break
-            if not line.endswith(b"\n") or (number == 0 and read != {"key": key}):
-                break
-            if number:
-                self.entries[read["name"]] = read["entry"]
-                self.ends = tuple(read["ends"])
             whole += len(line)
         return whole
 

@@ -35,6 +35,7 @@ PAGE_BYTES = 4096  # large tensors start on a page of the data file, so that the
 LINE_BYTES = 64  # small ones on a cache line
 COPY_BYTES = 1 << 24
 ASIDE, JOURNAL, LOCK = "aside", "journal", "lock"
+SPILLED = "value-*.npy"  # what the parts of a graph leave there, see `calibrate.shelf`
 REPLACED = "replaced"  # the folder with the output that was there before
 
 
@@ -112,6 +113,7 @@ class OutputFiles:
         self._source = source
         self._overwrite = overwrite
         self._key = key
+        self._published = False
         self.done: Mapping[str, Entry] = {}
         with self.failures():
             self._check_places()
@@ -125,20 +127,22 @@ class OutputFiles:
             try:
                 self._begin()
             except BaseException:
-                if not (self.work / JOURNAL).exists():
-                    shutil.rmtree(self.work, ignore_errors=True)
+                if not self.resumable:
+                    self._remove_work()
                 self._unlock()
                 raise
         return self
 
     def _begin(self) -> None:
         self._put_back()
-        self._check_existing()
         paths = (self.work / self._names[0], self.work / ASIDE)
         self._journal = Journal(self.work / JOURNAL, self._key, paths)
         self.done = self._journal.entries
+        self._check_existing()
         if not self.done:
             self._remove_all_but(JOURNAL, LOCK)
+        for stray in (*self.work.glob(SPILLED), *self.work.glob("*.tmp")):
+            stray.unlink()
         self._data, self._aside = (DataFile(path, end) for path, end in zip(paths, self._journal.ends, strict=True))
 
     def __exit__(
@@ -148,13 +152,13 @@ class OutputFiles:
             with contextlib.suppress(OSError):  # a full disk; that it is full has been said where it was met
                 file.close()
         if not (self.resumable and isinstance(error, KeyboardInterrupt | OutputError)):
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._remove_work()
         self._unlock()
 
     @property
     def resumable(self) -> bool:
         """Whether something is finished that the same command would go on from."""
-        return bool(self.done) and self._key is not None
+        return bool(self.done) and self._key is not None and not self._published
 
     def append(self, name: str, values: Array) -> ir.ExternalTensor:
         """Write an array to the data file now; the tensor to put into the graph."""
@@ -182,6 +186,8 @@ class OutputFiles:
                     value.const_value = self._moved(value)
             self._data.sync()
             ir.save(model, path)
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
         return path
 
     def publish(self) -> int:
@@ -191,10 +197,11 @@ class OutputFiles:
             (self.work / REPLACED).mkdir()
             try:
                 for name in reversed(self._names):
-                    if (self.output.parent / name).exists():
+                    if os.path.lexists(self.output.parent / name):
                         (self.output.parent / name).rename(self.work / REPLACED / name)
                 for name in self._names:
                     (self.work / name).rename(self.output.parent / name)
+                self._published = True
             except BaseException:
                 self._put_back()
                 raise
@@ -249,13 +256,14 @@ class OutputFiles:
         if not replaced.is_dir():
             return
         if not (self.work / self.output.name).exists():
+            self._published = True
             self._remove_all_but(LOCK)
             return
         for name in self._names:
             place = self.output.parent / name
             if not (self.work / name).exists():
                 place.rename(self.work / name)
-            if (replaced / name).exists():
+            if os.path.lexists(replaced / name):  # it may be a link, which leads nowhere from there
                 (replaced / name).rename(place)
         replaced.rmdir()
 
@@ -266,6 +274,12 @@ class OutputFiles:
             elif path.name not in names:
                 path.unlink()
 
+    def _remove_work(self) -> None:
+        """The journal first: without it whatever else is left counts for nothing."""
+        with contextlib.suppress(OSError):
+            (self.work / JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -275,10 +289,13 @@ def _locked(path: Path, output: Path) -> int | None:
     """A lock that is held as long as the process lives; raises OutputError where another one holds it."""
     if fcntl is None:  # two runs for one output are the user's to avoid
         return None
-    lock = os.open(path, os.O_CREAT | os.O_RDWR)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
         raise OutputError(f"another run is writing {output}; wait for it, or choose another name") from None
+    except OSError:  # a file system that has no locks
+        os.close(lock)
+        return None
     return lock

@@ -6,8 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,9 @@ from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Signature
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel, fingerprint
+
+BESIDE = ("config.json", "preprocessor_config.json", "tokenizer.json")  # the model, or one folder up
+COMPUTING = ("ml_dtypes", "numpy", "onnx", "onnx_ir", "tokenizers")  # packages that may change a bit
 
 
 def key(
@@ -29,30 +35,55 @@ def key(
     """A text that is the same only where all of this and what it depends on are; None for a model in memory."""
     if opened.path is None:
         return None
-    read = [*opened.files, *opened.path.parent.glob("*.json")]  # config.json, tokenizer.json
-    if ENCODER_STATES in wanted.names or wanted.needs_past:
-        read += opened.path.parent.glob("*.onnx")  # the other half may be among them
+    read = {*opened.files, *_beside(opened.path, wanted)}
     if tokenizer is not None:
-        read += Path(tokenizer).glob("*.json")
+        read |= {Path(tokenizer), Path(tokenizer) / "tokenizer.json"}
     if isinstance(calibration, str | os.PathLike):
-        with contextlib.suppress(OSError):  # that it cannot be read is told where it is
-            read += [Path(calibration)] if Path(calibration).exists() else []
-    versions = [__version__, np.__version__, runtime.onnxruntime().__version__, metadata.version("onnx_ir")]
-    parts = [versions, recipe.to_dict(), sorted({str(fingerprint(path)) for path in read}), _content(calibration)]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        read.add(Path(calibration))
+    parts = [__version__, *_versions(), recipe.to_dict(), str(tokenizer), _content(calibration)]
+    return hashlib.blake2b(json.dumps([parts, sorted(_fingerprints(read))]).encode(), digest_size=16).hexdigest()
+
+
+def _beside(model: Path, wanted: Signature) -> Iterator[Path]:
+    for folder in (model.parent, model.parent.parent):
+        yield from (folder / name for name in BESIDE)
+    if ENCODER_STATES in wanted.names or wanted.needs_past:
+        yield from model.parent.glob("*.onnx")  # the other half may be among them
+
+
+def _fingerprints(paths: set[Path]) -> Iterator[str]:
+    for path in paths:
+        with contextlib.suppress(OSError):  # what is missing is told where it is wanted
+            if path.is_file():
+                yield json.dumps(fingerprint(path))
+
+
+def _versions() -> Iterator[str]:
+    yield str(runtime.onnxruntime().__version__)
+    for name in COMPUTING:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield f"{name} {metadata.version(name)}"
 
 
 def _content(calibration: Calibration) -> str:
-    """What is given in memory, as a hash; a path as it is."""
+    """What is given in memory, as a hash; a path as it is. What nobody can calibrate with is never the same."""
     if calibration is None or isinstance(calibration, str | os.PathLike):
         return str(calibration)
     digest = hashlib.blake2b(digest_size=16)
-    items = calibration.items() if isinstance(calibration, dict) else enumerate(calibration)
-    for name, values in items:
-        digest.update(json.dumps(name).encode())
-        digest.update(values.encode() if isinstance(values, str) else _bytes(np.asarray(values)))
+    if isinstance(calibration, np.ndarray):
+        calibration = {"": calibration}
+    if not isinstance(calibration, Mapping | list | tuple):
+        return uuid.uuid4().hex
+    for name, values in calibration.items() if isinstance(calibration, Mapping) else enumerate(calibration):
+        try:
+            digest.update(_bytes(name, values))
+        except (TypeError, ValueError):
+            return uuid.uuid4().hex
     return digest.hexdigest()
 
 
-def _bytes(values: np.ndarray) -> bytes:
-    return json.dumps([str(values.dtype), values.shape]).encode() + values.tobytes()
+def _bytes(name: object, values: Any) -> bytes:
+    if isinstance(values, str):
+        return json.dumps([name, values]).encode()
+    array = np.asarray(values)
+    return json.dumps([name, str(array.dtype), array.shape]).encode() + array.tobytes()

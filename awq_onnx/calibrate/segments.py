@@ -9,6 +9,7 @@ some values between nodes in fp32 and round others), so that where the cuts are 
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,12 +81,16 @@ class Saved:
     feeds: Sequence[Feed]
 
     @classmethod
-    def read(cls, path: Path, end: int, feeds: int) -> Saved:
+    def read(cls, path: Path, end: int, feeds: int) -> Saved | None:
+        """None where the file cannot be read."""
         values: tuple[Values, ...] = tuple({} for _ in range(feeds))
-        with np.load(path) as arrays:
-            for key in arrays.files:
-                at, name = key.split(":", 1)
-                values[int(at)][name] = arrays[key]
+        try:
+            with np.load(path) as arrays:
+                for key in arrays.files:
+                    at, name = key.split(":", 1)
+                    values[int(at)][name] = arrays[key]
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return None
         return cls(end, values)
 
 
@@ -124,12 +129,15 @@ class Segments:
     ) -> Iterator[list[tuple[Group, Statistics]]]:
         """Run the parts; after each, the groups whose inputs are all known, with their statistics.
 
-        Groups with inputs that the graph does not make by running it (in the body of a Loop) come last, without those.
+        The order is that of the graph, wherever it is cut. Groups with inputs that the graph does not make by running
+        it (in the body of a Loop) come without those; last, where that is all of them.
         make_room: told the bytes that the next part takes. advance: told the fraction of all running just done.
         """
         known = self._known
         coming = {name for part in self.parts for name in part.taps}
         missing = {group: {v.name or "" for v in group.inputs} & coming for group in self._groups}
+        made_at = {v.name or "": at for at, node in enumerate(self._opened.model.graph) for v in node.outputs}
+        ready_at = {group: max((made_at.get(n, -1) for n in names), default=None) for group, names in missing.items()}
         wanted = {name for names in missing.values() for name in names}
         for part in self.parts:
             make_room(part.size_bytes)
@@ -138,11 +146,12 @@ class Segments:
                 known[group].update((name, one) for name, one in made.items() if name in names)
                 names.difference_update(made)
             made.clear()
-            finished = [group for group, names in missing.items() if not names]
-            for group in finished:
+            ready = {group: at for group in missing if (at := ready_at[group]) is not None and not missing[group]}
+            for group in ready:
                 del missing[group]
             self._end = part.end
-            yield [(group, known.pop(group)) for group in finished]
+            yield [(group, known.pop(group)) for group in sorted(ready, key=ready.__getitem__)]
+        yield [(group, known.pop(group)) for group in missing]
 
     @property
     def can_be_saved(self) -> bool:
@@ -170,7 +179,7 @@ class Segments:
     ) -> dict[str, InputStatistics]:
         sums = {name: Accumulator(K) for name, K in part.taps.items() if name in wanted}
         session = None
-        share = part.share / sum(one.share for one in self.parts) / len(self._shelf.feeds)
+        share = part.share / (sum(one.share for one in self.parts) or 1) / len(self._shelf.feeds)
         for position, alive in enumerate(self._shelf.feeds):
             if part.tail and position < self._summed:
                 self._shelf.drop(alive, list(alive))
@@ -254,14 +263,15 @@ def cut(
     kept = {*MASKS, *outputs}  # masks tell padding to every part, whoever reads them
     moments, weights = _sizes(nodes, waiting)
     total = max(sum(moments) + sum(weights), 1)
-    parts = []
-    start = 0
     known = {value.name or "" for value in graph.inputs}
+    given = {name: waiting.pop(name) for name in list(waiting) if name in known}
+    parts = [Part(nodes=(), taps=given, reads=(), makes=(), dead_after=frozenset())] if given and not begin else []
+    start = 0
     for stop in _cuts(nodes, last_read, moments, part_bytes, (0, begin, len(body), len(nodes))):
         run = nodes[start:stop]
         made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
         read = dict.fromkeys(name for node in run for name in reading[node] if name not in made)
-        taps = {name: waiting.pop(name) for name in list(waiting) if name in made or name in known}
+        taps = {name: waiting.pop(name) for name in list(waiting) if name in made}
         later = {name for name in made if last_read.get(name, -1) >= stop}
         makes = [name for name in made if name in later or name in taps]
         known.update(makes)
@@ -281,7 +291,7 @@ def cut(
         )
         known -= dead
         start = stop
-    return [part for part in parts if part.end > begin]
+    return [part for part in parts if part.end > begin or not begin]
 
 
 def _sizes(nodes: Sequence[ir.Node], tapped: Mapping[str, int]) -> tuple[list[int], list[int]]:

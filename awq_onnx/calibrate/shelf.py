@@ -24,6 +24,7 @@ class Shelf:
         self._budget_bytes = budget_bytes
         self._numbers = count()
         self._held_bytes = 0
+        self._files: dict[int, Path] = {}  # of what lies in one, by id
         self.feeds: tuple[Values, ...] = tuple({} for _ in feeds)
         for alive, feed in zip(self.feeds, feeds, strict=True):
             self.put(alive, feed)
@@ -39,11 +40,10 @@ class Shelf:
         """Forget values that nothing reads any more."""
         for name in names:
             values = alive.pop(name, None)
-            if isinstance(values, np.memmap):
-                with contextlib.suppress(
-                    OSError
-                ):  # a system that keeps files while they are mapped: they go at the end
-                    Path(str(values.filename)).unlink()
+            path = self._files.pop(id(values), None)
+            if path is not None:
+                with contextlib.suppress(OSError):  # a system that keeps mapped files: they go at the end
+                    path.unlink()
             elif values is not None:
                 self._held_bytes -= values.nbytes
 
@@ -51,4 +51,5 @@ class Shelf:
         path = self._folder / f"value-{next(self._numbers)}.npy"
         np.save(path, values)
         mapped: NDArray[np.generic] = np.load(path, mmap_mode="r")
+        self._files[id(mapped)] = path
         return mapped

@@ -24,10 +24,9 @@ class Straight:
 
 def straighten(opened: OpenedModel, survey: Survey, feed: Feed) -> Straight:
     """The model without the Ifs that hold layers, decided as for `feed`. Ifs in the bodies of others stay."""
-    model = ir.to_proto(opened.model)
-    choices = _choices(
-        model, branches.conditions(opened.model.graph, [site.node for site in survey.sites]), opened, feed
-    )
+    conditions = branches.conditions(opened.model.graph, [site.node for site in survey.sites])
+    model = ir.to_proto(opened.model) if conditions else onnx.ModelProto()
+    choices = _choices(model, conditions, opened, feed) if conditions else {}
     if not choices:
         return Straight(opened, None)
     taken = ir.from_proto(branches.take(model, choices))
