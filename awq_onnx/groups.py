@@ -30,7 +30,7 @@ from awq_onnx.threads import Spread, one_by_one
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
 LARGEST_FP16 = np.float32(np.finfo(np.float16).max / HEADROOM)
-STRIPS = 12  # of columns, in float32: what rounding holds of a weight at its peak
+STRIPS = 8  # of columns, in float32: what rounding holds of a weight at its peak
 WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is worth it
 
 
@@ -91,10 +91,14 @@ class Found:
 
 
 def memory_bytes(group: Group) -> int:
-    """About what `search_group` takes at its peak: H, a factor, some strips of columns."""
-    strip = min(rounding.STRIP, max(site.N for site in group.sites))
+    """About what `search_group` takes at its peak: H of every input, a factor, and what is rounded."""
     inputs = len({value.name for value in group.inputs})
-    return 4 * group.K * ((1 + inputs) * group.K + STRIPS * strip)
+    return 4 * group.K**2 * (1 + inputs) + strip_bytes(group)
+
+
+def strip_bytes(group: Group) -> int:
+    """About what rounding a strip of columns takes."""
+    return 4 * group.K * STRIPS * min(rounding.STRIP, max(site.N for site in group.sites))
 
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:

@@ -248,7 +248,8 @@ def _calibrate_and_search(
                 group, statistics = finished.pop(0)
                 job = _search_job(group, maps.get(group), statistics, recipe, opened, calibration_data.random)
                 del statistics
-                searched.append((group, workers.submit(groups.memory_bytes(group), job, large=group.K > LARGE)))
+                size, piece, large = groups.memory_bytes(group), groups.strip_bytes(group), group.K > LARGE
+                searched.append((group, workers.submit(size, job, piece_bytes=piece, large=large)))
                 del job
                 write(wait=False)
             opened.let_go()

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -81,17 +82,19 @@ class Workers:
 
     def make_room(self, size_bytes: int) -> None:
         """Wait until so much more fits into the budget beside what runs, or nothing runs any more."""
+        self._forget_done()
         while self._running and sum(self._running.values()) + size_bytes > self._budget_bytes:
-            done, _ = wait(self._running, return_when="FIRST_COMPLETED")
-            for one in done:
-                del self._running[one]
+            wait(self._running, return_when="FIRST_COMPLETED")
+            self._forget_done()
 
-    def submit(self, size_bytes: int, job: Callable[[Spread], Result], *, large: bool = False) -> Future[Result]:
+    def submit(
+        self, size_bytes: int, job: Callable[[Spread], Result], *, piece_bytes: int = 0, large: bool = False
+    ) -> Future[Result]:
         """Run a job that takes so much memory, in a thread; one that leaves no room for another at once and alone.
 
-        The job is given a map: in a thread of its own it has nobody to share with, alone it has all the others. large:
-        its matrices are, so that it runs alone and BLAS has all threads. (That alone may change a last bit: it must
-        not depend on the budget.)
+        The job is given a map: in a thread of its own it has nobody to share with, alone it has all the others, as many
+        as there is memory for. piece_bytes: what one call of the map takes. large: its matrices are, so that it runs
+        alone and BLAS has all threads. (That alone may change a last bit: it must not depend on the budget.)
         """
         if not large and 2 * size_bytes <= self._budget_bytes:
             self.make_room(size_bytes)
@@ -99,15 +102,33 @@ class Workers:
             self._running[future] = size_bytes
             return future
         self.make_room(self._budget_bytes)
+        at_once = max(1, min(self._threads, self._budget_bytes // max(piece_bytes, 1)))
         done: Future[Result] = Future()
         with _blas().limit(limits=self._threads if large else 1):
-            done.set_result(job(self.spread))
+            try:
+                done.set_result(job(partial(self.spread, at_once=at_once)))
+            except Exception as error:
+                done.set_exception(error)
         return done
 
-    def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def spread(
+        self, work: Callable[[Item], Result], items: Iterable[Item], at_once: int | None = None
+    ) -> Iterator[Result]:
         """`work` of every item side by side, in order."""
         with _blas().limit(limits=1):
-            yield from self._pool.map(work, items)
+            for some in batched(items, at_once or self._threads):
+                yield from self._pool.map(work, some)
+
+    def _forget_done(self) -> None:
+        """Their results are somebody else's to keep."""
+        self._running = {one: size for one, size in self._running.items() if not one.done()}
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`, the last perhaps shorter."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 @cache
