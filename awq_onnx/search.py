@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,14 @@ from awq_onnx.statistics import InputStatistics, mean_of
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
-SAMPLED = 256  # columns of a wide weight that every alpha is tried on
-FINALISTS = 4  # alphas that are then tried on all columns, beside 0
+SAMPLED = 128  # columns of a wider weight that every alpha is tried on
+FINALISTS = 3  # alphas that are then tried on all columns, beside 0
 SLICE = 128  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
 IntArray = NDArray[np.int64]
+Columns: TypeAlias = "slice | IntArray"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Reader:
     def N(self) -> int:
         return int(self.weight.shape[1])
 
-    def columns(self, columns: slice = slice(None)) -> Float32:
+    def columns(self, columns: Columns = slice(None)) -> Float32:
         """Some columns of the weight: float32 (K, n), contiguous."""
         read = np.ascontiguousarray(self.weight[:, columns], dtype=np.float32)
         return read if self.factor == 1 else read * np.float32(self.factor)
@@ -76,7 +77,7 @@ class Reader:
         emphasis: Float32 = np.repeat(factors, self.head_size)
         return emphasis
 
-    def emphasized(self, error: Float32, columns: slice = slice(None)) -> Float32:
+    def emphasized(self, error: Float32, columns: Columns = slice(None)) -> Float32:
         """An error (K, n) of these columns, each as much as it counts; in place."""
         if self.emphasis is not None:
             error *= self.emphasis[columns]
@@ -125,36 +126,54 @@ def search_scale(
     act_mean = mean_of(list(distinct.values()))
     scales = [candidate_scale(act_mean, alpha, limits) for alpha in ALPHAS]
     tried = list(range(len(ALPHAS)))
-    steps = [max(1, reader.N // SAMPLED) for reader in readers]
-    if max(steps) > 1:
-        sampled = [_every(step) for step in steps]
-        rough = _total_losses(readers, scales, fmt, sampled, spread, weights=steps)
+    if any(reader.N > SAMPLED for reader in readers):
+        rough = sum(share(r, readers) * _sampled_losses(r, scales, fmt, spread) for r in readers)
         tried = sorted({0, *np.argsort(rough, kind="stable")[:FINALISTS].tolist()})
-    exact = _total_losses(readers, [scales[i] for i in tried], fmt, [slices(r.N, SLICE) for r in readers], spread)
+    finalists = [scales[index] for index in tried]
+    exact = sum(share(r, readers) * _column_losses(r, finalists, fmt, _all(r.N), spread).sum(axis=1) for r in readers)
     losses = np.full(len(ALPHAS), np.inf)
     losses[tried] = np.where(np.isfinite(exact), exact, np.inf)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
 
 
-def _every(step: int) -> list[slice]:
-    """Every so-many-th column, in two pieces."""
-    return [slice(0, None, 2 * step), slice(step, None, 2 * step)]
+def _sampled_losses(reader: Reader, scales: Sequence[Float32], fmt: Format, spread: Spread) -> NDArray[np.float64]:
+    """About the loss at each scale: float64 (len(scales),). From the columns that lose most without one, and some more.
+
+    Few columns may carry most of the loss, so that others alone would mislead.
+    """
+    if reader.N <= SAMPLED:
+        everywhere: NDArray[np.float64] = _column_losses(reader, scales, fmt, _all(reader.N), spread).sum(axis=1)
+        return everywhere
+    unscaled = _column_losses(reader, [np.ones_like(scales[0])], fmt, _all(reader.N), spread)[0]
+    order = np.argsort(-unscaled, kind="stable")
+    loud, quiet = np.sort(order[: SAMPLED // 2]), np.sort(order[SAMPLED // 2 :])
+    some = quiet[:: -(-quiet.size // (SAMPLED // 2))]
+    losses = _column_losses(reader, scales, fmt, [loud, some], spread)  # (scales, columns)
+    rest = losses[:, loud.size :].sum(axis=1) * (quiet.size / some.size)
+    estimated: NDArray[np.float64] = rest + losses[:, : loud.size].sum(axis=1)
+    return estimated
 
 
-def _total_losses(
-    readers: Sequence[Reader],
-    scales: Sequence[Float32],
-    fmt: Format,
-    columns: Sequence[Iterable[slice]],
-    spread: Spread,
-    weights: Sequence[float] | None = None,
+def _column_losses(
+    reader: Reader, scales: Sequence[Float32], fmt: Format, columns: Iterable[Columns], spread: Spread
 ) -> NDArray[np.float64]:
-    """The estimated loss of all readers at each scale, on some columns of each: float64 (len(scales),)."""
-    losses = [_plain_losses(r, scales, fmt, some, spread) for r, some in zip(readers, columns, strict=True)]
-    counts = [share(reader, readers) for reader in readers]
-    total: NDArray[np.float64] = np.multiply(counts, weights or 1.0) @ np.array(losses)
-    return total
+    """The estimated loss of some columns of s W on its min-max grid, for each s: float64 (len(scales), columns)."""
+    statistics, fmt = reader.statistics, reader.fmt or fmt
+    _ = statistics.principal, reader.emphasis  # once, before threads ask for them
+
+    def work(some: Columns) -> list[Float32]:
+        blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
+        scaled, error = np.empty_like(blocks), np.empty_like(blocks)
+        errors = (plain_error(blocks, scale, fmt, scaled, error) for scale in scales)
+        return [statistics.column_energy(reader.emphasized(one, some)) for one in errors]
+
+    losses: NDArray[np.float64] = np.concatenate(list(spread(work, columns)), axis=1, dtype=np.float64)
+    return losses
+
+
+def _all(columns: int) -> list[slice]:
+    return slices(columns, SLICE)
 
 
 def slices(columns: int, width: int) -> list[slice]:
@@ -168,23 +187,6 @@ def share(reader: Reader, readers: Sequence[Reader]) -> float:
     """How much a token of `reader` counts: experts see few of them."""
     most = max(one.statistics.tokens for one in readers)
     return reader.statistics.tokens / most if most else 1.0
-
-
-def _plain_losses(
-    reader: Reader, scales: Sequence[Float32], fmt: Format, columns: Iterable[slice], spread: Spread
-) -> NDArray[np.float64]:
-    """The estimated loss of some columns of s W on its min-max grid, for each s of `scales`: float64 (len(scales),)."""
-    statistics, fmt = reader.statistics, reader.fmt or fmt
-    _ = statistics.principal, reader.emphasis  # once, before threads ask for them
-
-    def work(some: slice) -> list[float]:
-        blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
-        scaled, error = np.empty_like(blocks), np.empty_like(blocks)
-        errors = (plain_error(blocks, scale, fmt, scaled, error) for scale in scales)
-        return [statistics.estimated_loss(reader.emphasized(one, some)) for one in errors]
-
-    total: NDArray[np.float64] = np.sum(list(spread(work, columns)), axis=0)
-    return total
 
 
 def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Float32:

@@ -68,14 +68,10 @@ class InputStatistics:
         """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
         return quadratic(self.second_moment, error)
 
-    def estimated_loss(self, error: Float32) -> float:
-        """`loss` with diag(rest) + U U' in the place of H: O(8 K N) instead of O(K^2 N)."""
-        spread = np.einsum("kn,kn->k", error, error, dtype=np.float32)
-        along = self.principal.T @ error  # (8, N)
-        return float(self.rest @ spread + np.vdot(along, along))
-
     def column_energy(self, weight: Float32) -> Float32:
-        """About w' H w for every column w of a weight (K, N): float32 (N,)."""
+        """About w' H w for every column w of a weight or an error (K, N): float32 (N,). O(8 K N) instead of O(K^2 N),
+        with diag(rest) + U U' in the place of H.
+        """
         spread: Float32 = self.rest @ np.square(weight) + np.square(self.principal.T @ weight).sum(axis=0)
         return spread
 

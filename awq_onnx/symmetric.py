@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 
-COLUMNS = 512  # of a product of many rows
-PANEL = 128  # columns of a factor that are made together
+COLUMNS = 192  # of a product: what of it is symmetric is left out, block by block
+PANEL = 64  # columns of a factor that are made together
 
 
 def add_gram(total: Float32, x: Float32) -> None:
