@@ -49,10 +49,16 @@ class Journal:
                     break
                 if number:
                     name, entry, ends = read["name"], dict(read["entry"]), tuple(map(int, read["ends"]))
-                    if len(ends) != len(self.ends):
+                    if len(ends) != len(self.ends) or min(ends) < 0:
                         break
                     self.entries[name], self.ends = entry, ends
-            except (ValueError, TypeError, KeyError):  # whatever it is, no line of ours
+            except (
+                ArithmeticError,
+                ValueError,
+                TypeError,
+                KeyError,
+                RecursionError,
+            ):  # whatever it is, no line of ours
                 break
             whole += len(line)
         return whole

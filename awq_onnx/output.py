@@ -138,7 +138,11 @@ class OutputFiles:
         paths = (self.work / self._names[0], self.work / ASIDE)
         self._journal = Journal(self.work / JOURNAL, self._key, paths)
         self.done = self._journal.entries
-        self._check_existing()
+        try:
+            self._check_existing()
+        except OutputError:
+            self._journal.close()
+            raise
         if not self.done:
             self._remove_all_but(JOURNAL, LOCK)
         for stray in (*self.work.glob(SPILLED), *self.work.glob("*.tmp")):
@@ -275,7 +279,11 @@ class OutputFiles:
                 path.unlink()
 
     def _remove_work(self) -> None:
-        """The journal first: without it whatever else is left counts for nothing."""
+        """The journal first: without it whatever else is left counts for nothing. Never an output that could not be put
+        back where it was.
+        """
+        if (self.work / REPLACED).exists() and not self._published:
+            return
         with contextlib.suppress(OSError):
             (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -298,4 +306,7 @@ def _locked(path: Path, output: Path) -> int | None:
     except OSError:  # a file system that has no locks
         os.close(lock)
         return None
+    if not path.exists() or os.fstat(lock).st_ino != path.stat().st_ino:  # another run ended just now
+        os.close(lock)
+        raise OutputError(f"another run was writing {output} until now; look at what it wrote")
     return lock

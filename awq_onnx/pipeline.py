@@ -271,8 +271,9 @@ def _save(run: Segments, files: OutputFiles) -> None:
     number = 1 + before["number"] if before else 0
     end = run.save(files.work / f"{VALUES}-{number}.npz")
     files.record(VALUES, {"number": number, "end": end})
-    if before:
-        (files.work / f"{VALUES}-{number - 1}.npz").unlink(missing_ok=True)
+    for other in files.work.glob(f"{VALUES}-*.npz"):
+        if other.name != f"{VALUES}-{number}.npz":
+            other.unlink()
 
 
 def _saved(files: OutputFiles, feeds: int) -> segments.Saved | None:

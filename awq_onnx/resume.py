@@ -86,4 +86,6 @@ def _bytes(name: object, values: Any) -> bytes:
     if isinstance(values, str):
         return json.dumps([name, values]).encode()
     array = np.asarray(values)
+    if array.dtype.hasobject:
+        raise TypeError("its bytes are addresses")
     return json.dumps([name, str(array.dtype), array.shape]).encode() + array.tobytes()

@@ -24,6 +24,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,11 +106,13 @@ class Line:
     off: float
 
     @classmethod
-    def through(cls, runs: Sequence[Run]) -> Line:
-        layers, seconds = np.array([[run.layers, run.seconds] for run in runs]).T
+    def through(cls, layers: Sequence[int], seconds: Sequence[float]) -> Line:
         each, fixed = np.polyfit(layers, seconds, 1)
-        on_line = fixed + each * layers
-        return cls(float(fixed), float(each), float(np.max(np.abs(seconds / on_line - 1))))
+        on_line = fixed + each * np.array(layers)
+        return cls(float(fixed), float(each), float(np.max(np.abs(np.array(seconds) / on_line - 1))))
+
+    def __str__(self) -> str:
+        return f"{self.fixed:.1f} s + {self.each:.2f} s a layer; the farthest run is {self.off:.1%} off that line"
 
 
 def measured(name: str, layers: int | None, arguments: argparse.Namespace) -> Run:
@@ -237,17 +240,17 @@ def sizes_table(runs: Sequence[Run]) -> Iterator[str]:
 
 def layers_table(runs: Sequence[Run]) -> Iterator[str]:
     """Markdown, a line for each run over layers; and how straight a line they make."""
-    line = Line.through(runs) if len({run.layers for run in runs}) > 2 else None
-    yield from _header("layers", "s", "on the line s", "CPU s", "private MB", "resident MB")
+    yield from _header("layers", "s", "CPU s", "private MB", "resident MB")
     for run in runs:
-        on_line = f"{line.fixed + line.each * run.layers:.1f}" if line else "-"
         memory = (f"{size / MB:.0f}" for size in (run.private_bytes, run.resident_bytes))
-        yield _row(f"{run.layers}", f"{run.seconds:.1f}", on_line, f"{run.cpu_seconds:.1f}", *memory)
+        yield _row(f"{run.layers}", f"{run.seconds:.1f}", f"{run.cpu_seconds:.1f}", *memory)
     yield ""
-    if line is None:
-        yield "a line takes three numbers of layers or more"
-    else:
-        yield f"{line.fixed:.1f} s + {line.each:.2f} s a layer; the farthest is {line.off:.1%} off that line"
+    layers = [run.layers for run in runs]
+    if len(set(layers)) < 3:
+        yield "a line to compare with takes three numbers of layers or more"
+        return
+    yield f"time: {Line.through(layers, [run.seconds for run in runs])}"
+    yield f"CPU time: {Line.through(layers, [run.cpu_seconds for run in runs])}"
 
 
 def _header(*titles: str) -> Iterator[str]:
@@ -384,6 +387,10 @@ def _run_all(arguments: argparse.Namespace) -> list[Run]:
     return runs
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
@@ -391,6 +398,7 @@ def main() -> None:
         parser.error("--keep needs --folder")
     if arguments.length > POSITIONS:
         parser.error(f"--length is more than the models' {POSITIONS} positions")
+    signal.signal(signal.SIGTERM, _interrupt)  # what was built is removed then too
     if arguments.plot is not None:
         _pyplot()  # before hours are spent
     if arguments.from_json is not None:

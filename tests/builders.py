@@ -437,3 +437,22 @@ def plain_error(w: Array, scale: Array, fmt: Format) -> Array:
     restored = codec.dequantize(codec.centred_codes(blocks, grid), grid)
     error: Array = codec.from_blocks(restored, len(w)) / scale[:, None] - w
     return error
+
+
+LARGE_K, LARGE_N = 160, 128  # a weight of 80 kB: large enough to stay in its file
+
+
+def large_model(seed: int = 0) -> onnx.ModelProto:
+    """x -> RMSNorm -> two MatMuls, each with a weight that stays in its file."""
+    return norm_and_readers(K=LARGE_K, columns=(LARGE_N, LARGE_N), seed=seed).model()
+
+
+def values_of(model: onnx.ModelProto) -> dict[str, Array]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def assert_same_values(actual: dict[str, Array], expected: dict[str, Array]) -> None:
+    assert set(actual) == set(expected)
+    for name, values in expected.items():
+        assert actual[name].dtype == values.dtype
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)

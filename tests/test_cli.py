@@ -20,11 +20,15 @@ from builders import GraphBuilder, norm_and_readers, save, tiny_decoder
 from onnx import numpy_helper
 
 import awq_onnx
-from awq_onnx import Recipe, errors
+from awq_onnx import Recipe, errors, pipeline
 from awq_onnx.cli import main
+from awq_onnx.machine import Machine
 
 QUICK = ["--samples", "2", "--sequence-length", "8"]
 STAGES = ["Writing calibration text", "Tracing", "Calibrating", "Writing the model", "Measuring"]
+
+WORK = ".model_int4.onnx.unfinished"
+GOES_ON = "the same command goes on from here"
 
 Files = dict[str, bytes | None]
 
@@ -46,6 +50,11 @@ def own_signals() -> Iterator[None]:
 def files(folder: Path) -> Files:
     """Everything below a folder, hidden work folders included."""
     return {str(one.relative_to(folder)): one.read_bytes() if one.is_file() else None for one in folder.rglob("*")}
+
+
+def published(folder: Path) -> Files:
+    """`files` without those of an unfinished run."""
+    return {name: content for name, content in files(folder).items() if not name.startswith(WORK)}
 
 
 def command(*arguments: object, cwd: Path | None = None, code: int = 0, **options: object) -> tuple[str, str]:
@@ -208,6 +217,41 @@ def test_every_option_reaches_the_recipe(folder: Path, capsys: pytest.CaptureFix
     assert recipe == {**numbers, **flags, "include": ["*proj*", "*lm_head*"], "exclude": ["*/mlp/*"]}
 
 
+@pytest.mark.parametrize(
+    ("options", "machine"),
+    [
+        ([], Machine()),
+        (["--threads", "3"], Machine(threads=3)),
+        (["--memory-budget", "1.5GiB"], Machine(memory_budget=3 << 29)),
+        (["--memory-budget", "500MB", "--threads", "1"], Machine(threads=1, memory_budget=500_000_000)),
+    ],
+)
+def test_what_may_be_taken_of_the_machine_reaches_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], machine: Machine
+) -> None:
+    seen = []
+
+    def quantize(*_: object, machine: Machine, **__: object) -> None:
+        seen.append(machine)
+        raise errors.ModelError("enough")
+
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    assert main_exits(folder / "model.onnx", *options) == errors.ModelError.exit_code
+    assert seen == [machine]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_neither_threads_nor_memory_change_a_byte(tmp_path: Path, dtype: type) -> None:
+    save(tiny_decoder(dtype=dtype), tmp_path / "model.onnx")
+    written = []
+    for budget, threads in [("1MB", 1), ("1MB", 2), ("30MB", 1), ("500MB", 2), ("4GB", 1), ("4GB", 2)]:
+        options = ["--memory-budget", budget, "--threads", threads, "--force", "--quiet"]
+        assert main_exits(tmp_path / "model.onnx", *options, "--samples", "6", "--sequence-length", "12") == 0
+        written.append(files(tmp_path))
+    assert sorted(written[0]) == ["model.onnx", "model_int4.onnx", "model_int4.onnx.data"]
+    assert all(one == written[0] for one in written)
+
+
 # Help
 
 
@@ -217,6 +261,8 @@ def test_help_lists_every_setting_and_every_exit_code(capsys: pytest.CaptureFixt
     for setting in fields(Recipe):
         assert f"--{setting.name.replace('_', '-')}" in text
     for option in ("--output", "--force", "--json", "--quiet", "--version", "--calibration", "--tokenizer"):
+        assert option in text
+    for option in ("--threads", "--memory-budget"):
         assert option in text
     codes = {getattr(errors, name).exit_code for name in errors.__all__} - {1}
     for code in (0, *codes, 130):
@@ -259,6 +305,13 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         ("--lm-head", "16"),
         ("--include", ""),
         ("--exclude", ""),
+        ("--threads", "0"),
+        ("--threads", "-1"),
+        ("--threads", "two"),
+        ("--memory-budget", "0"),
+        ("--memory-budget", "-1GB"),
+        ("--memory-budget", "1e9"),
+        ("--memory-budget", "much"),
     ],
 )
 def test_an_impossible_option_value_is_named(folder: Path, refused: Refused, option: str, value: str) -> None:
@@ -447,23 +500,47 @@ def test_a_folder_where_nobody_can_write(folder: Path, refused: Refused) -> None
     assert "cannot write" in refused(folder / "model.onnx", "-o", "/proc/out.onnx", code=4)
 
 
-@pytest.mark.parametrize("limit_bytes", [0, 20_000, 100_000], ids=["at once", "some weights", "most weights"])
-def test_a_full_disk(folder: Path, limit_bytes: int) -> None:
+def uninterrupted(model: onnx.ModelProto, folder: Path) -> Files:
+    """What a folder holds once the command has done its work there."""
+    save(model, folder / "model.onnx")
+    assert main_exits(folder / "model.onnx", "--quiet", *QUICK) == 0
+    return files(folder)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """`folder` once the command has done its work there."""
+    return uninterrupted(tiny_decoder(), tmp_path_factory.mktemp("done"))
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 20_000, 60_000, 100_000], ids=["at once", "early", "later", "late"])
+def test_a_full_disk(folder: Path, done: Files, limit_bytes: int) -> None:
     before = files(folder)
     arguments = [folder / "model.onnx", "--quiet", *QUICK]
     out, err = command(*arguments, code=4, preexec_fn=lambda: fill_the_disk_after(limit_bytes))
     assert out == ""
     assert_one_sentence(err)
     assert "cannot write" in err
-    assert files(folder) == before
+    assert published(folder) == before
+    assert (folder / WORK).exists() == (limit_bytes > 0)
+    assert err.endswith(f"{GOES_ON if limit_bytes else 'no half-written model was left'}\n")
+    assert main_exits(*arguments) == 0
+    assert files(folder) == done
 
 
 def test_a_disk_that_is_full_when_the_graph_is_written(tmp_path: Path) -> None:
-    path = save(tiny_decoder(hidden=16, mlp=16, vocabulary=32), tmp_path / "model.onnx")
-    before = files(tmp_path)
+    model = tiny_decoder(hidden=16, mlp=16, vocabulary=32)
+    (tmp_path / "done").mkdir()
+    done = uninterrupted(model, tmp_path / "done")
+    folder = tmp_path / "full"
+    folder.mkdir()
+    path = save(model, folder / "model.onnx")
+    before = files(folder)
     _, err = command(path, "--quiet", *QUICK, code=4, preexec_fn=lambda: fill_the_disk_after(20_000))
     assert_one_sentence(err)
-    assert files(tmp_path) == before
+    assert published(folder) == before
+    assert main_exits(path, "--quiet", *QUICK) == 0
+    assert files(folder) == done
 
 
 def test_a_full_disk_leaves_the_old_output_whole(folder: Path) -> None:
@@ -471,7 +548,7 @@ def test_a_full_disk_leaves_the_old_output_whole(folder: Path) -> None:
     before = files(folder)
     arguments = [folder / "model.onnx", "--force", "--quiet", *QUICK]
     command(*arguments, code=4, preexec_fn=lambda: fill_the_disk_after(20_000))
-    assert files(folder) == before
+    assert published(folder) == before
 
 
 def fill_the_disk_after(limit_bytes: int) -> None:
@@ -614,6 +691,15 @@ def signalled(folder: Path, stage: str, *signals: signal.Signals, options: tuple
         return process.returncode, err
 
 
+@pytest.fixture(scope="module")
+def slow_done(tmp_path_factory: pytest.TempPathFactory, slow_model: bytes) -> Files:
+    """What is there when it is done."""
+    folder = tmp_path_factory.mktemp("done")
+    (folder / "model.onnx").write_bytes(slow_model)
+    command(folder / "model.onnx", "--quiet", "--samples", "24")
+    return files(folder)
+
+
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
@@ -623,8 +709,8 @@ def signalled(folder: Path, stage: str, *signals: signal.Signals, options: tuple
         ("Calibrating", signal.SIGTERM),
     ],
 )
-def test_an_interrupted_run_leaves_nothing_behind_and_the_old_output_whole(
-    tmp_path: Path, slow_model: bytes, stage: str, number: signal.Signals
+def test_an_interrupted_run_leaves_the_old_output_whole_and_is_gone_on_with(
+    tmp_path: Path, slow_model: bytes, slow_done: Files, stage: str, number: signal.Signals
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(slow_model)
     (tmp_path / "model_int4.onnx").write_text("old graph")
@@ -632,33 +718,66 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_old_output_whole(
     before = files(tmp_path)
     code, err = signalled(tmp_path, stage, number, options=("--force",))
     assert code == 130
-    assert err.splitlines()[-1] == "awq-onnx: interrupted; nothing was written"
+    finished = stage != "Writing calibration text"  # the calibration data at least
+    assert err.splitlines()[-1] == f"awq-onnx: interrupted; {GOES_ON if finished else 'nothing was written'}"
     assert "Traceback" not in err
-    assert files(tmp_path) == before
+    assert published(tmp_path) == before
+    assert (tmp_path / WORK).exists() == finished
+    _, err = command(tmp_path / "model.onnx", "--samples", "24", "--force")
+    assert ("Going on from an interrupted run" in err) == finished
+    assert files(tmp_path) == slow_done
 
 
-def test_an_impatient_user_who_interrupts_twice_leaves_nothing_behind(tmp_path: Path, slow_model: bytes) -> None:
+def test_an_impatient_user_who_interrupts_twice_loses_nothing(
+    tmp_path: Path, slow_model: bytes, slow_done: Files
+) -> None:
     (tmp_path / "model.onnx").write_bytes(slow_model)
     before = files(tmp_path)
     code, err = signalled(tmp_path, "Calibrating", signal.SIGINT, signal.SIGTERM, signal.SIGINT)
     assert code == 130
     assert "Traceback" not in err
-    assert files(tmp_path) == before
+    assert published(tmp_path) == before
+    command(tmp_path / "model.onnx", "--samples", "24")
+    assert files(tmp_path) == slow_done
 
 
-def test_a_killed_run_leaves_only_its_hidden_folder_and_the_next_one_works(tmp_path: Path, slow_model: bytes) -> None:
+@pytest.mark.parametrize("options", [["--samples", "24"], QUICK], ids=["the same command", "another"])
+def test_a_killed_run_leaves_only_its_hidden_folder_and_the_next_one_nothing(
+    tmp_path: Path, slow_model: bytes, slow_done: Files, options: list[str]
+) -> None:
     (tmp_path / "model.onnx").write_bytes(slow_model)
+    before = files(tmp_path)
     code, _ = signalled(tmp_path, "Measuring", signal.SIGKILL)
     assert code == -signal.SIGKILL
-    left = set(files(tmp_path)) - {"model.onnx"}
-    assert all(name.startswith(".awq-onnx-") for name in left)
-    assert main_exits(tmp_path / "model.onnx", "--quiet", *QUICK) == 0
-    assert set(files(tmp_path)) - left == {"model.onnx", "model_int4.onnx", "model_int4.onnx.data"}
+    assert published(tmp_path) == before
+    _, err = command(tmp_path / "model.onnx", *options)
+    assert ("Going on from an interrupted run" in err) == (options != QUICK)
+    assert set(files(tmp_path)) == set(slow_done)
+    if options != QUICK:
+        assert files(tmp_path) == slow_done
+
+
+def test_a_second_run_for_the_same_output_is_refused(tmp_path: Path, slow_model: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(slow_model)
+    words = [sys.executable, "-m", "awq_onnx", str(tmp_path / "model.onnx"), "--samples", "24"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline()  # the first stage: its folder is there
+        _, err = command(tmp_path / "model.onnx", "--quiet", "--force", code=4)
+        assert_one_sentence(err)
+        assert "another run is writing" in err
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130  # it was still at work
 
 
 @pytest.mark.parametrize("stage", range(len(STAGES)))
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
-def test_whatever_ends_a_stage_leaves_nothing_behind(folder: Path, stage: int, failure: type[BaseException]) -> None:
+def test_whatever_ends_a_stage_leaves_the_old_output_whole(
+    folder: Path, stage: int, failure: type[BaseException]
+) -> None:
+    """And where it was the user, what is finished: the calibration data first."""
+
     class Ending:
         def __init__(self) -> None:
             self.stages = 0
@@ -673,44 +792,50 @@ def test_whatever_ends_a_stage_leaves_nothing_behind(folder: Path, stage: int, f
 
         def note(self, line: str) -> None: ...
 
-    (folder / "out.onnx").write_text("old")
+    (folder / "model_int4.onnx").write_text("old")
     before = files(folder)
     recipe = Recipe(samples=2, sequence_length=8)
     with pytest.raises(failure):
-        awq_onnx.quantize(folder / "model.onnx", folder / "out.onnx", recipe, overwrite=True, progress=Ending())
-    assert files(folder) == before
+        awq_onnx.quantize(folder / "model.onnx", folder / "model_int4.onnx", recipe, overwrite=True, progress=Ending())
+    assert published(folder) == before
+    assert (folder / WORK).exists() == (failure is KeyboardInterrupt and stage > 0)
 
 
-@pytest.mark.parametrize("renames_before", [0, 1])
+@pytest.mark.parametrize("renames_before", range(4))
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(5, "Input/output error")], ids=["Ctrl-C", "I/O error"])
 def test_a_failure_between_the_renames_loses_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, renames_before: int, failure: BaseException
+    folder: Path,
+    done: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    renames_before: int,
+    failure: BaseException,
 ) -> None:
-    """The last moment: the old output, or the new one, but never half of one, and never neither."""
+    """The last moment: the old output is there, and the new one with the same command."""
     assert main_exits(folder / "model.onnx", "--quiet", "--block-size", "16", *QUICK) == 0
     before = files(folder)
-    done = 0
+    renamed = 0
 
     def breaking(method: Callable[..., None]) -> Callable[..., None]:
         def rename(source: Path, target: Path) -> None:
-            nonlocal done
-            done += Path(target).name.startswith("model_int4.onnx")
-            if done == renames_before + 1:
-                done += 1  # once: what mends the failure works
+            nonlocal renamed
+            renamed += Path(target).name.startswith("model_int4.onnx")
+            if renamed == renames_before + 1:
+                renamed += 1  # once: what mends the failure works
                 raise failure
             method(source, target)
 
         return rename
 
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, breaking(getattr(os, name)))
-    assert main_exits(folder / "model.onnx", "--quiet", "--force", *QUICK) in (4, 130)
-    after = files(folder)
-    if after != before:
-        onnx.load(folder / "model_int4.onnx")
-        assert after["model_int4.onnx"] != before["model_int4.onnx"]
-        assert after["model_int4.onnx.data"] != before["model_int4.onnx.data"]
-    assert set(after) == set(before)
+    with monkeypatch.context() as patched:
+        for name in ("rename", "replace"):
+            patched.setattr(os, name, breaking(getattr(os, name)))
+        assert main_exits(folder / "model.onnx", "--quiet", "--force", *QUICK) in (4, 130)
+    assert renamed > renames_before + 1
+    assert published(folder) == before
+    assert capsys.readouterr().err.endswith(f"{GOES_ON}\n")
+    assert main_exits(folder / "model.onnx", "--quiet", "--force", *QUICK) == 0
+    assert files(folder) == done
 
 
 def test_the_installed_command_is_this_one() -> None:

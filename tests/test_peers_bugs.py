@@ -141,10 +141,8 @@ def test_siblings_share_one_scale_that_is_folded_once(quantize: Pipeline) -> Non
     (group,) = made.groups
     ((absorber, _),) = folds(group)
     assert isinstance(absorber, Gain)
-    assert group.choice.scale.max() > 2 * group.choice.scale.min()
-    np.testing.assert_allclose(
-        made.tensors["norm.weight"] * group.choice.scale, initializers(model)["norm.weight"], rtol=1e-6
-    )
+    assert group.scale.max() > 2 * group.scale.min()
+    np.testing.assert_allclose(made.tensors["norm.weight"] * group.scale, initializers(model)["norm.weight"], rtol=1e-6)
     for index in range(3):
         assert relative_error(made.unfolded_weight(f"reader_{index}"), initializers(model)[f"w{index}"]) < 0.3
     assert "Mul" not in set(made.ops) - {node.op_type for node in model.graph.node}
@@ -158,7 +156,7 @@ def test_a_matmul_fed_by_an_input_of_the_model_has_no_scale(quantize: Pipeline) 
     model, x = builder.model(), random_x(64)
     made = quantize(model, x)
     (group,) = made.groups
-    np.testing.assert_array_equal(group.choice.scale, np.ones(64))
+    np.testing.assert_array_equal(group.scale, np.ones(64))
     assert made.ops == ["MatMulNBits"]
     assert relative_error(made.weight("m"), initializers(model)["w"]) < 0.12
     (output,) = run(made.path, {"x": x}).values()
@@ -180,7 +178,7 @@ def test_a_gain_that_two_norms_share_is_not_divided_twice(quantize: Pipeline) ->
     model = two_norms_on_one_gain().model()
     feed = {"a": random_x(64, loud=3), "b": random_x(64, loud=40)}
     made = quantize(model, feed)
-    scales = [group.choice.scale for group in made.groups]
+    scales = [group.scale for group in made.groups]
     assert np.abs(scales[0] / scales[1] - 1).max() > 0.5
     for name, scale in zip("ab", scales, strict=True):
         gain = made.tensors[made.node(f"{name}.norm").input[1]]
@@ -251,7 +249,7 @@ def test_a_fold_into_a_quantised_parent_is_not_lost(
     made = quantize(model, IDS, symmetric=symmetric)
     linears = [group for group in made.groups if folded_linears(group)]
     assert len(linears) == 4
-    assert sum(np.ptp(np.log(group.choice.scale)) > 1 for group in linears) >= 2  # else there is nothing to lose
+    assert sum(np.ptp(np.log(group.scale)) > 1 for group in linears) >= 2  # else there is nothing to lose
     for name in made.quantized_names:
         weight = initializers(model)[name.replace("/MatMul", ".weight")]
         assert relative_error(made.unfolded_weight(name), weight) < 0.4, name  # a lost fold: more than 2

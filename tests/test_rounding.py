@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
-from builders import FLOAT32, PLAIN, Array, activations, every_format, plain_error, read_by, statistics_of, weight
+from builders import (
+    FLOAT16,
+    FLOAT32,
+    PLAIN,
+    Array,
+    activations,
+    every_format,
+    plain_error,
+    read_by,
+    statistics_of,
+    weight,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
-from awq_onnx import codec, compensate, rounding, search, threads
+from awq_onnx import codec, compensate, rounding, search
 from awq_onnx.codec import Format
 from awq_onnx.kernels import reference
-from awq_onnx.rounding import Rounded
+from awq_onnx.rounding import STRIP, Rounded
 from awq_onnx.search import Reader, ScaleLimits
 from awq_onnx.statistics import InputStatistics
 
@@ -25,13 +41,26 @@ def shipped_weight(rounded: Rounded, scale: Array, fmt: Format) -> Array:
     """The weight that x, not x / s, meets: from the bytes of the file, float64 (K, N)."""
     scales: Array = codec.pack_scales(rounded.grid.scales, fmt.scale_dtype)
     restored = reference.dequantize(
-        codec.pack(rounded.centred, rounded.grid),
+        rounded.codes,
         scales,
         None if fmt.symmetric else codec.pack_zero_points(rounded.grid.zero_points),
         scale.size,
     )
     weight: Array = restored.T.astype(np.float64) / scale[:, None]
     return weight
+
+
+def assert_same(one: Rounded, other: Rounded) -> None:
+    """Bit by bit."""
+    np.testing.assert_array_equal(one.codes, other.codes)
+    np.testing.assert_array_equal(one.grid.scales, other.grid.scales)
+    np.testing.assert_array_equal(one.grid.zero_points, other.grid.zero_points)
+    assert (one.loss, one.plain_loss, one.energy) == (other.loss, other.plain_loss, other.energy)
+
+
+def random_scale(rng: np.random.Generator, K: int, wildness: float) -> Array:
+    scale: Array = np.exp(wildness * rng.standard_normal(K)).astype(np.float32)
+    return scale
 
 
 def compensated(rng: np.random.Generator, K: int, *, outliers: int = 0) -> InputStatistics:
@@ -59,7 +88,7 @@ def test_no_group_ends_worse_than_plain_rounding(
     rng = np.random.default_rng(seed)
     x = activations(rng, K, T=48, outliers=1)
     statistics = statistics_of(x) if validation is None else statistics_of(x[validation:], x[:validation])
-    scale = np.exp(wildness * rng.standard_normal(K)).astype(np.float32)
+    scale = random_scale(rng, K, wildness)
     weights = [weight(rng, K, 5), weight(rng, K, 3) ** 3]
     kept, rounded = rounding.round_group(read_by(statistics, *weights), scale, fmt)
     assert sum(one.loss for one in rounded) <= sum(one.plain_loss for one in rounded)
@@ -77,7 +106,7 @@ def test_a_weight_on_its_grid_stays_as_it_is(fmt: Format, strength: float) -> No
     codes = rng.integers(-8, 8, (64, 6))
     codes[::16], codes[1::16] = -8, 7
     w = (codes * 0.25).astype(np.float32)
-    scale = np.exp(strength * rng.standard_normal(64)).astype(np.float32)
+    scale = random_scale(rng, 64, strength)
     kept, (rounded,) = rounding.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
     assert rounded.plain_loss == 0
     assert rounded.loss == 0
@@ -89,7 +118,7 @@ def test_one_weight_that_a_scale_would_ruin_does_not_cost_the_others_their_refit
     statistics = statistics_of(activations(rng, 64))
     on_grid = (rng.integers(-8, 8, (64, 6)) * 0.25).astype(np.float32)
     on_grid[::16], on_grid[1::16] = -2, 1.75
-    scale = np.exp(3 * rng.standard_normal(64)).astype(np.float32)
+    scale = random_scale(rng, 64, 3)
     kept, (first, second) = rounding.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
     assert (kept == 1).all()
     assert first.loss == 0
@@ -150,8 +179,7 @@ def test_without_correlations_validation_rows_change_nothing(fmt: Format) -> Non
     w, scale = weight(rng, 96, 8), np.ones(96, np.float32)
     _, (first,) = rounding.round_group(read_by(statistics, w), scale, fmt)
     _, (second,) = rounding.round_group(read_by(replace(statistics, validation=None), w), scale, fmt)
-    np.testing.assert_array_equal(first.centred, second.centred)
-    np.testing.assert_array_equal(first.grid.scales, second.grid.scales)
+    assert_same(first, second)
 
 
 def test_every_weight_is_compensated_as_its_own_input_wants() -> None:
@@ -163,7 +191,7 @@ def test_every_weight_is_compensated_as_its_own_input_wants() -> None:
     _, together = rounding.round_group(readers, scale, PLAIN)
     for reader, one in zip(readers, together, strict=True):
         _, (alone,) = rounding.round_group([reader], scale, PLAIN)
-        np.testing.assert_array_equal(one.centred, alone.centred)
+        assert_same(one, alone)
 
 
 # The grid
@@ -237,7 +265,7 @@ def test_dead_channels_leave_losses_finite(outliers: int) -> None:
             scale = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
             _, (rounded,) = rounding.round_group(read_by(statistics, weight(rng, 64, 8)), scale, PLAIN)
             assert np.isfinite([rounded.loss, rounded.plain_loss]).all()
-            assert np.isfinite(rounded.centred).all()
+            assert np.isfinite(shipped_weight(rounded, scale, PLAIN)).all()
 
 
 @every_format
@@ -283,7 +311,7 @@ def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: 
     blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
     h = costs(statistics, scale, fmt.block_size, rounding.FLATTENING)
     centred, grid = rounding.refit(blocks, h, fmt)
-    np.testing.assert_array_equal(rounded.centred, centred)
+    np.testing.assert_array_equal(rounded.codes, codec.pack(centred, grid))
     np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
     np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
 
@@ -305,33 +333,122 @@ def test_compensated_codes_lie_on_a_grid_for_flatter_costs(fmt: Format, K: int, 
     compensation = compensate.find(statistics, scale, random=random)
     assert compensation is not None
     centred = compensate.round_weight(scaled, grid, fmt.block_size, compensation)
-    np.testing.assert_array_equal(rounded.centred, centred)
+    np.testing.assert_array_equal(rounded.codes, codec.pack(centred, grid))
 
 
-# Threads
+# Weights as they are stored
 
 
-def rounded_with_cores(
-    cores: int, fmt: Format, statistics: InputStatistics, monkeypatch: pytest.MonkeyPatch
-) -> tuple[bytes, ...]:
-    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
-    w = weight(np.random.default_rng(1), 50, 901)
-    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
-    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
-    np.testing.assert_array_equal(kept, scale)
-    losses = np.array([rounded.loss, rounded.plain_loss, rounded.energy])
-    arrays = (losses, codec.pack(rounded.centred, rounded.grid), rounded.grid.scales, rounded.grid.zero_points)
-    return tuple(array.tobytes() for array in arrays)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("factor", [1.0, -0.25])
+def test_a_weight_of_any_dtype_is_rounded_where_it_lies(dtype: type, transposed: bool, factor: float) -> None:
+    rng = np.random.default_rng(0)
+    statistics, scale = compensated(rng, 50), np.ones(50, np.float32)
+    stored: Array = weight(rng, 50, 9).astype(dtype)
+    read = stored.astype(np.float32) * np.float32(factor)
+    if transposed:
+        stored = np.ascontiguousarray(stored.T).T
+    stored.setflags(write=False)
+    _, (found,) = rounding.round_group([Reader(stored, statistics, factor=factor)], scale, PLAIN)
+    _, (expected,) = rounding.round_group([Reader(read, statistics)], scale, PLAIN)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("head_size", [None, 4])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_weight_and_the_statistics_are_left_as_they_were(head_size: int | None, scaled: bool) -> None:
+    rng = np.random.default_rng(0)
+    statistics, w = compensated(rng, 64), weight(rng, 64, 8)
+    before, H = w.copy(), statistics.second_moment.copy()
+    scale = random_scale(rng, 64, 0.5 * scaled)
+    rounding.round_group([Reader(w, statistics, head_size)], scale, PLAIN)
+    np.testing.assert_array_equal(w, before)
+    np.testing.assert_array_equal(statistics.second_moment, H)
+
+
+# Strips
 
 
 @every_format
 @pytest.mark.parametrize("compensate_too", [True, False])
-def test_two_runs_give_the_same_bytes_on_any_number_of_cores(
-    fmt: Format, compensate_too: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("N", [STRIP, STRIP + 1, 2 * STRIP + 300])
+def test_a_wide_weight_is_rounded_as_its_strips_would_be(fmt: Format, compensate_too: bool, N: int) -> None:
+    rng = np.random.default_rng(0)
+    statistics = compensated(rng, 50) if compensate_too else statistics_of(activations(rng, 50))
+    w, scale = weight(rng, 50, N), random_scale(rng, 50, 0.1)
+    kept, (whole,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    np.testing.assert_array_equal(kept, scale)
+    strips = search.slices(N, STRIP)
+    assert len(strips) == -(-N // STRIP)
+    apart = [rounding.round_group(read_by(statistics, w[:, strip]), scale, fmt)[1][0] for strip in strips]
+    assert_same(whole, Rounded.joined(apart))
+    assert whole.codes.shape == (N, fmt.blocks_of(50), fmt.block_size // 2)
+    assert whole.grid.scales.shape == whole.grid.zero_points.shape == (fmt.blocks_of(50), N)
+
+
+def test_strips_of_eight_bits_stay_of_eight_bits() -> None:
+    rng, fmt = np.random.default_rng(0), Format(32, False, FLOAT16, 8)
+    statistics, w = statistics_of(activations(rng, 64)), weight(rng, 64, STRIP + 2)
+    _, (rounded,) = rounding.round_group([Reader(w, statistics, fmt=fmt)], np.ones(64, np.float32), PLAIN)
+    assert rounded.grid.bits == 8
+    assert rounded.codes.shape == (STRIP + 2, 2, 32)
+    assert rounded.loss < 0.01 * rounding.round_group(read_by(statistics, w), np.ones(64, np.float32), PLAIN)[1][0].loss
+
+
+@every_format
+def test_a_wide_weight_that_keeps_its_plain_grid_keeps_it_in_every_strip(fmt: Format) -> None:
+    rng = np.random.default_rng(0)
+    w = (rng.integers(-8, 8, (64, STRIP + 6)) * 0.25).astype(np.float32)
+    w[::16], w[1::16] = -2, 1.75
+    readers = read_by(statistics_of(activations(rng, 64)), w)
+    kept, (rounded,) = rounding.round_group(readers, random_scale(rng, 64, 3), fmt)
+    assert (kept == 1).all()
+    np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
+
+
+@pytest.mark.parametrize("head_size", [8, 1024])
+def test_what_a_head_counts_does_not_depend_on_strips(head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    statistics, w = statistics_of(activations(rng, 32)), weight(rng, 32, 2048)
+    w[:, :1024] *= 30
+    scale, readers = np.ones(32, np.float32), [Reader(w, statistics, head_size)]
+    _, (in_strips,) = rounding.round_group(readers, scale, PLAIN)
+    monkeypatch.setattr(rounding, "STRIP", 2048)
+    _, (whole,) = rounding.round_group(readers, scale, PLAIN)
+    np.testing.assert_array_equal(in_strips.codes, whole.codes)
+    for name in ("loss", "plain_loss", "energy"):
+        assert getattr(in_strips, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+
+
+@every_format
+@pytest.mark.parametrize("compensate_too", [True, False])
+def test_two_runs_give_the_same_bits_on_any_number_of_threads(fmt: Format, compensate_too: bool) -> None:
     rng = np.random.default_rng(0)
     statistics = compensated(rng, 50, outliers=1) if compensate_too else statistics_of(activations(rng, 50, outliers=1))
-    one = rounded_with_cores(1, fmt, statistics, monkeypatch)
-    assert rounded_with_cores(1, fmt, statistics, monkeypatch) == one
-    assert rounded_with_cores(2, fmt, statistics, monkeypatch) == one
-    assert rounded_with_cores(3, fmt, statistics, monkeypatch) == one
+    readers = read_by(statistics, weight(rng, 50, 3 * STRIP - 5), weight(rng, 50, 7))
+    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
+    with threadpool_limits(1, "blas"):
+        kept, expected = rounding.round_group(readers, scale, fmt)
+        np.testing.assert_array_equal(kept, scale)
+        for threads in (1, 2, 3):
+            with ThreadPoolExecutor(threads) as pool:
+                _, found = rounding.round_group(readers, scale, fmt, spread=pool.map)
+            for one, other in zip(found, expected, strict=True):
+                assert_same(one, other)
+
+
+@pytest.mark.parametrize("compensate_too", [True, False])
+def test_of_a_wide_weight_a_few_strips_are_in_memory(compensate_too: bool, tmp_path: Path) -> None:
+    """And twice what ships, for a moment, and a matrix of how to compensate."""
+    rng, K, N = np.random.default_rng(0), 256, 8 * STRIP
+    statistics = compensated(rng, K) if compensate_too else statistics_of(activations(rng, K))
+    np.save(tmp_path / "w.npy", weight(rng, N, K).astype(np.float16))
+    stored = np.load(tmp_path / "w.npy", mmap_mode="r").T  # read from a file, transposed there
+    tracemalloc.start()
+    _, (rounded,) = rounding.round_group([Reader(stored, statistics)], np.ones(K, np.float32), PLAIN)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ships = rounded.codes.nbytes + rounded.grid.scales.nbytes + rounded.grid.zero_points.nbytes
+    strip = 4 * K * STRIP
+    assert peak < 5 * strip + 2 * ships + 2 * statistics.second_moment.nbytes

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
 import numpy as np
 import pytest
-from builders import FLOAT16, PLAIN, activations, every_format, plain_error, read_by, statistics_of, weight
+from builders import FLOAT16, PLAIN, Array, activations, every_format, plain_error, read_by, statistics_of, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
-from awq_onnx import search, threads
+from awq_onnx import search
 from awq_onnx.codec import Format
-from awq_onnx.search import ALPHAS, ScaleLimits
+from awq_onnx.search import ALPHAS, FINALISTS, SAMPLED, SLICE, Reader, ScaleChoice, ScaleLimits
+from awq_onnx.statistics import InputStatistics
 
 property_test = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -141,17 +149,180 @@ def test_a_scale_that_would_overflow_half_precision_is_not_chosen() -> None:
     assert 6e4 * choice.scale[3] < 15 * 65504
 
 
-def searched_with_cores(cores: int, fmt: Format, monkeypatch: pytest.MonkeyPatch) -> tuple[bytes, ...]:
-    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
-    rng = np.random.default_rng(0)
-    statistics = statistics_of(activations(rng, 50, outliers=1))
-    choice = search.search_scale(read_by(statistics, weight(rng, 50, 901)), fmt)
-    return np.array(choice.losses).tobytes(), choice.scale.tobytes()
+# Weights as they are stored
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_columns_are_the_weight_in_single_precision_times_its_factor(dtype: type, factor: float) -> None:
+    stored: Array = weight(np.random.default_rng(0), 9, 24).astype(dtype)
+    flat = InputStatistics.flat(24)
+    for some in (slice(None), slice(3, 7), slice(1, None, 4)):
+        found = Reader(stored.T, flat, factor=factor).columns(some)
+        np.testing.assert_array_equal(found, stored.T.astype(np.float32)[:, some] * np.float32(factor))
+        assert found.dtype == np.float32
+        assert found.flags.c_contiguous
 
 
 @every_format
-def test_two_searches_give_the_same_bytes_on_any_number_of_cores(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = searched_with_cores(1, fmt, monkeypatch)
-    assert searched_with_cores(1, fmt, monkeypatch) == one
-    assert searched_with_cores(2, fmt, monkeypatch) == one
-    assert searched_with_cores(3, fmt, monkeypatch) == one
+@pytest.mark.parametrize("N", [9, 2 * SAMPLED + 1])
+def test_a_stored_weight_is_searched_like_the_same_in_single_precision(fmt: Format, N: int) -> None:
+    rng = np.random.default_rng(0)
+    statistics, stored = statistics_of(activations(rng, 50, outliers=1)), weight(rng, N, 50).astype(np.float16)
+    stored.setflags(write=False)
+    read = stored.T.astype(np.float32) * np.float32(0.25)
+    for head_size in (None, N):
+        found = search.search_scale([Reader(stored.T, statistics, head_size, factor=0.25)], fmt)
+        expected = search.search_scale([Reader(read, statistics, head_size)], fmt)
+        assert found.losses == expected.losses
+        np.testing.assert_array_equal(found.scale, expected.scale)
+
+
+def test_a_search_leaves_the_weight_as_it_was() -> None:
+    rng = np.random.default_rng(0)
+    w = weight(rng, 64, SLICE)
+    before = w.copy()
+    search.search_scale([Reader(w, statistics_of(activations(rng, 64, outliers=1)), 32)], PLAIN)
+    np.testing.assert_array_equal(w, before)
+
+
+# Wide weights
+
+
+def of_all_alphas(readers: list[Reader], fmt: Format = PLAIN) -> ScaleChoice:
+    """What the search would choose if it tried every alpha on every column."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "SAMPLED", max(reader.N for reader in readers))
+        choice = search.search_scale(readers, fmt)
+    assert np.isfinite(choice.losses).all()
+    return choice
+
+
+def equally_loud(rng: np.random.Generator, K: int, N: int) -> Array:
+    return weight(rng, K, N)
+
+
+def of_all_kinds(rng: np.random.Generator, K: int, N: int) -> Array:
+    w: Array = (weight(rng, K, N) * np.exp(rng.standard_normal(N))).astype(np.float32)
+    return w
+
+
+def with_three_that_decide(rng: np.random.Generator, K: int, N: int) -> Array:
+    w = weight(rng, K, N)
+    w[:, rng.permutation(N)[:3]] *= 30
+    return w
+
+
+def one_in_each_head(rng: np.random.Generator, K: int, N: int) -> Array:
+    """Every 64th column is loud, and reads channels of its own."""
+    w = weight(rng, K, N)
+    w[:, ::64] *= 20 * np.exp(rng.standard_normal((K, 1)).astype(np.float32))
+    return w
+
+
+Columns = Callable[[np.random.Generator, int, int], Array]
+
+
+@every_format
+@pytest.mark.parametrize("N", [1, SAMPLED])
+def test_every_alpha_is_tried_on_a_narrow_weight(fmt: Format, N: int) -> None:
+    rng = np.random.default_rng(0)
+    choice = search.search_scale(read_by(statistics_of(activations(rng, 50, outliers=1)), weight(rng, 50, N)), fmt)
+    assert np.isfinite(choice.losses).all()
+
+
+@every_format
+@pytest.mark.parametrize("N", [2 * SAMPLED + 1, 1300])
+def test_no_scale_is_always_among_the_few_that_are_tried_on_all_of_a_wide_weight(fmt: Format, N: int) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        readers = read_by(statistics_of(activations(rng, 50, outliers=3)), weight(rng, 50, N))
+        choice, every = search.search_scale(readers, fmt), of_all_alphas(readers, fmt)
+        tried = np.isfinite(choice.losses)
+        assert tried[0]
+        assert FINALISTS <= tried.sum() < len(ALPHAS)
+        np.testing.assert_allclose(np.array(choice.losses)[tried], np.array(every.losses)[tried], rtol=1e-6)
+        assert choice.losses[ALPHAS.index(choice.alpha)] == min(choice.losses) <= choice.losses[0]
+        np.testing.assert_array_equal(choice.scale, of_alpha(readers[0], choice.alpha))
+
+
+def of_alpha(reader: Reader, alpha: float) -> Array:
+    return search.candidate_scale(reader.statistics.act_mean, alpha, ScaleLimits())
+
+
+@pytest.mark.parametrize("columns", [equally_loud, of_all_kinds, with_three_that_decide, one_in_each_head])
+def test_of_a_wide_weight_nearly_always_the_best_is_found_and_never_one_much_worse(columns: Columns) -> None:
+    found = []
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        statistics = statistics_of(activations(rng, 64, outliers=seed % 3))
+        readers = read_by(statistics, columns(rng, 64, 1300))
+        every = of_all_alphas(readers)
+        chosen = search.search_scale(readers, PLAIN).alpha
+        found.append(every.losses[ALPHAS.index(chosen)] / min(every.losses))
+    assert np.mean(np.array(found) == 1) >= 0.9
+    assert max(found) <= 1.01
+
+
+def test_a_narrow_weight_beside_a_wide_one_counts_as_much_as_it_loses() -> None:
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        statistics = statistics_of(activations(rng, 64, outliers=2))
+        readers = read_by(statistics, weight(rng, 64, 1300), 100 * weight(rng, 64, 3))
+        every = of_all_alphas(readers)
+        chosen = search.search_scale(readers, PLAIN).alpha
+        assert every.losses[ALPHAS.index(chosen)] <= 1.01 * min(every.losses)
+
+
+@every_format
+def test_a_weight_of_one_column_is_searched_beside_a_wide_one(fmt: Format) -> None:
+    """The gate of a shared expert."""
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(activations(rng, 50, outliers=1))
+    readers = read_by(statistics, weight(rng, 50, 2 * SAMPLED + 1), 100 * weight(rng, 50, 1))
+    every = of_all_alphas(readers, fmt)
+    chosen = search.search_scale(readers, fmt).alpha
+    assert every.losses[ALPHAS.index(chosen)] <= 1.01 * min(every.losses)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_of_a_wide_weight_a_few_columns_are_in_memory(transposed: bool, tmp_path: Path) -> None:
+    rng, K, N = np.random.default_rng(0), 512, 8192
+    statistics = statistics_of(activations(rng, K, outliers=2))
+    made = weight(rng, K, N).astype(np.float16)
+    np.save(tmp_path / "w.npy", made.T if transposed else made)
+    stored = np.load(tmp_path / "w.npy", mmap_mode="r")
+    reader = Reader(stored.T if transposed else stored, statistics, head_size=64)
+    tracemalloc.start()
+    search.search_scale([reader], PLAIN)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * (4 * K * SAMPLED)
+
+
+# Threads
+
+
+@every_format
+def test_two_searches_give_the_same_bits_on_any_number_of_threads(fmt: Format) -> None:
+    rng = np.random.default_rng(0)
+    statistics = statistics_of(activations(rng, 50, outliers=1))
+    weights = [weight(rng, 50, 3 * SAMPLED + 5), weight(rng, 50, 40)]
+    with threadpool_limits(1, "blas"):
+        expected = search.search_scale(read_by(statistics, *weights), fmt)
+        for threads in (1, 2, 3):
+            with ThreadPoolExecutor(threads) as pool:
+                found = search.search_scale(read_by(statistics, *weights), fmt, spread=pool.map)
+            assert found.losses == expected.losses
+            np.testing.assert_array_equal(found.scale, expected.scale)
+
+
+@property_test
+@given(columns=st.integers(1, 60000), width=st.integers(1, 1500))
+def test_slices_cover_every_column_once_in_order_and_evenly(columns: int, width: int) -> None:
+    sizes = [part.stop - part.start for part in search.slices(columns, width)]
+    assert [part.start for part in search.slices(columns, width)] == np.cumsum([0, *sizes[:-1]]).tolist()
+    assert sum(sizes) == columns
+    assert all(0 < size <= width for size in sizes)
+    assert len(sizes) == -(-columns // width)
+    assert len(set(sizes[:-1])) <= 1

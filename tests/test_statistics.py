@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq_onnx.statistics import Accumulator, InputStatistics, mean_of
+from awq_onnx.symmetric import COLUMNS
 
 property_test = settings(max_examples=50, deadline=None)
 
@@ -49,9 +50,20 @@ def with_second_moment(H: Array) -> InputStatistics:
 # The loss
 
 
+def estimated_loss(statistics: InputStatistics, error: Array) -> float:
+    return float(statistics.column_energy(error).sum())
+
+
 def test_the_loss_is_the_mean_squared_output_error_of_a_token() -> None:
     rng = np.random.default_rng(0)
     x, error = activations(rng, 48), weight(rng, 48, 10)
+    direct = np.sum((x.astype(np.float64) @ error) ** 2) / len(x)
+    assert statistics_of(x).loss(error) == pytest.approx(direct, rel=1e-4)
+
+
+def test_the_loss_of_more_channels_than_a_block_is_the_same() -> None:
+    rng = np.random.default_rng(0)
+    x, error = activations(rng, COLUMNS + 50), weight(rng, COLUMNS + 50, 10)
     direct = np.sum((x.astype(np.float64) @ error) ** 2) / len(x)
     assert statistics_of(x).loss(error) == pytest.approx(direct, rel=1e-4)
 
@@ -60,7 +72,7 @@ def test_the_estimate_is_exact_for_eight_directions() -> None:
     rng = np.random.default_rng(0)
     U = np.linalg.qr(rng.standard_normal((60, 8)))[0] * np.arange(1, 9)
     statistics, error = with_second_moment(U @ U.T), weight(rng, 60, 10)
-    assert statistics.estimated_loss(error) == pytest.approx(statistics.loss(error), rel=1e-4)
+    assert estimated_loss(statistics, error) == pytest.approx(statistics.loss(error), rel=1e-4)
 
 
 def test_the_estimate_is_exact_for_eight_directions_and_independent_channels_beside_them() -> None:
@@ -69,20 +81,28 @@ def test_the_estimate_is_exact_for_eight_directions_and_independent_channels_bes
     U = np.linalg.qr(rng.standard_normal((40, 8)))[0] * np.arange(20, 28)
     H[:40, :40] = U @ U.T
     statistics, error = with_second_moment(H), weight(rng, 60, 10)
-    assert statistics.estimated_loss(error) == pytest.approx(statistics.loss(error), rel=1e-4)
+    assert estimated_loss(statistics, error) == pytest.approx(statistics.loss(error), rel=1e-4)
+
+
+def test_the_estimate_tells_the_columns_apart() -> None:
+    rng = np.random.default_rng(0)
+    H = np.diag(2.0 ** -np.arange(40))
+    error = weight(rng, 40, 10)
+    expected = np.einsum("kn,kl,ln->n", error, H, error)
+    np.testing.assert_allclose(with_second_moment(H).column_energy(error), expected, rtol=1e-4)
 
 
 def test_the_estimate_is_exact_for_a_diagonal() -> None:
     rng = np.random.default_rng(0)
     statistics, error = with_second_moment(np.diag(2.0 ** -np.arange(40))), weight(rng, 40, 10)
-    assert statistics.estimated_loss(error) == pytest.approx(statistics.loss(error), rel=1e-4)
+    assert estimated_loss(statistics, error) == pytest.approx(statistics.loss(error), rel=1e-4)
 
 
 @pytest.mark.parametrize("K", [1, 5, 8, 9])
 def test_the_estimate_works_for_fewer_channels_than_eigenvectors(K: int) -> None:
     rng = np.random.default_rng(0)
     statistics, error = statistics_of(activations(rng, K)), weight(rng, K, 4)
-    assert statistics.estimated_loss(error) == pytest.approx(statistics.loss(error), rel=0.05 if K > 8 else 1e-4)
+    assert estimated_loss(statistics, error) == pytest.approx(statistics.loss(error), rel=0.05 if K > 8 else 1e-4)
 
 
 # The sums
@@ -95,6 +115,13 @@ def test_sums_are_those_of_all_rows_together(dtype: type) -> None:
     assert_sums_of(found, x)
     np.testing.assert_array_equal(found.act_max, np.abs(x).max(axis=0).astype(np.float32))
     assert found.second_moment.dtype == found.act_mean.dtype == found.act_max.dtype == np.float32
+
+
+def test_sums_of_more_channels_than_a_block_are_whole_and_symmetric() -> None:
+    x = activations(np.random.default_rng(0), COLUMNS + 50, T=60)
+    found = accumulated((x[:20], 0), (x[20:], 0))
+    assert_sums_of(found, x)
+    np.testing.assert_array_equal(found.second_moment, found.second_moment.T)
 
 
 def test_half_precision_is_summed_in_single() -> None:
@@ -208,11 +235,17 @@ def test_rows_of_an_input_that_saw_validation_alone_stay_out_of_the_training_of_
     shared, x = activations(rng, 12, T=16), activations(rng, 12, T=16)
     alone = accumulated((shared, 16))
     merged = InputStatistics.merged([alone, accumulated((shared, 16), (x, 0))])
-    np.testing.assert_allclose(merged.training_moment, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
-    assert not alone.training_moment.any()
+    np.testing.assert_allclose(training_moment(merged), x.T @ x / len(x), rtol=1e-3, atol=1e-3)
+    assert not alone.diagonal_without(alone.validation).any()
 
 
 # The moment of the other rows
+
+
+def training_moment(found: InputStatistics) -> Array:
+    """H without the rows for validation: float32 (K, K)."""
+    every = np.arange(len(found.second_moment))
+    return found.moment_without(found.validation, every, every)
 
 
 @pytest.mark.parametrize("training", [1, 10, 1000])
@@ -224,20 +257,39 @@ def test_the_moment_for_training_is_that_of_the_rows_beside_validation(training:
     tolerance = 2e-5 * np.sqrt(np.outer(found.diagonal, found.diagonal)) * found.tokens / training
     live = np.diagonal(H) > 0.02 * found.diagonal
     assert live.any()
-    assert (np.abs(found.training_moment - H) <= tolerance)[np.ix_(live, live)].all()
+    assert (np.abs(training_moment(found) - H) <= tolerance)[np.ix_(live, live)].all()
+    diagonal = found.diagonal_without(found.validation)
+    assert diagonal.dtype == np.float32
+    assert (np.abs(diagonal - np.diagonal(H)) <= np.diagonal(tolerance))[live].all()
 
 
-def test_without_validation_the_moment_for_training_is_that_of_all_rows() -> None:
-    statistics = statistics_of(activations(np.random.default_rng(0), 24))
-    np.testing.assert_array_equal(statistics.training_moment, statistics.second_moment)
-
-
-def test_asking_for_the_moment_for_training_leaves_that_of_all_rows_alone() -> None:
+@pytest.mark.parametrize("without", [True, False])
+def test_a_part_of_the_moment_is_asked_for_in_any_order(without: bool) -> None:
     x = activations(np.random.default_rng(0), 24)
     found = accumulated((x[:200], 0), (x[200:], 100))
-    before = found.second_moment.copy()
-    np.testing.assert_array_equal(found.training_moment, found.training_moment)
+    unseen = found.validation if without else None
+    every = np.arange(24)
+    rows, columns = np.array([5, 0, 23]), np.array([7, 7, 5, 1])
+    part = found.moment_without(unseen, rows, columns)
+    whole = found.moment_without(unseen, every, every)
+    np.testing.assert_allclose(part, whole[np.ix_(rows, columns)], rtol=1e-4, atol=1e-4)
+
+
+def test_without_unseen_rows_the_moment_is_that_of_all_rows() -> None:
+    statistics = statistics_of(activations(np.random.default_rng(0), 24))
+    np.testing.assert_array_equal(training_moment(statistics), statistics.second_moment)
+    np.testing.assert_array_equal(statistics.diagonal_without(None), statistics.diagonal)
+
+
+def test_asking_for_the_moment_of_other_rows_leaves_that_of_all_rows_alone() -> None:
+    x = activations(np.random.default_rng(0), 24)
+    found = accumulated((x[:200], 0), (x[200:], 100))
+    before, unseen = found.second_moment.copy(), validation_of(found).copy()
+    np.testing.assert_array_equal(training_moment(found), training_moment(found))
+    training_moment(replace(found, validation=None))[...] = 0  # a part may be overwritten
+    found.diagonal_without(found.validation)[...] = 0
     np.testing.assert_array_equal(found.second_moment, before)
+    np.testing.assert_array_equal(validation_of(found), unseen)
 
 
 @pytest.mark.parametrize("left", [0, 1e-3])
@@ -246,11 +298,11 @@ def test_channels_that_carry_little_but_in_validation_are_dead_for_training(left
     x = activations(np.random.default_rng(0), 24)
     x[:200, [3, 17]] *= left
     found = accumulated((x[:200], 0), (x[200:], 100))
-    moment = found.training_moment
-    assert not moment[[3, 17]].any()
-    assert not moment[:, [3, 17]].any()
+    diagonal = found.diagonal_without(found.validation)
+    assert np.flatnonzero(diagonal == 0).tolist() == [3, 17]
     others = np.delete(np.arange(24), [3, 17])
-    assert_moment_of(moment[np.ix_(others, others)], x[:200, others])
+    assert_moment_of(found.moment_without(found.validation, others, others), x[:200, others])
+    np.testing.assert_allclose(diagonal[others], np.square(x[:200, others]).mean(axis=0), rtol=1e-4)
 
 
 # Several inputs as one
@@ -266,7 +318,7 @@ def test_merged_statistics_are_those_of_all_rows_together() -> None:
     assert_sums_of(found, rows)
     np.testing.assert_array_equal(found.act_max, np.abs(rows).max(axis=0))
     np.testing.assert_array_equal(validation_of(found), np.concatenate(kept))
-    assert_moment_of(found.training_moment, np.concatenate(parts))
+    assert_moment_of(training_moment(found), np.concatenate(parts))
 
 
 def test_merged_statistics_without_validation_have_none() -> None:

@@ -85,11 +85,11 @@ class Saved:
         """None where the file cannot be read."""
         values: tuple[Values, ...] = tuple({} for _ in range(feeds))
         try:
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 for key in arrays.files:
                     at, name = key.split(":", 1)
                     values[int(at)][name] = arrays[key]
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):
             return None
         return cls(end, values)
 
@@ -119,7 +119,8 @@ class Segments:
         self._summed = len(data.feeds)
         self._apart = _validation_rows(self._summed)
         parts = partial(cut, opened.model.graph, groups, min(PART_BYTES, budget_bytes // 4), data.outputs)
-        self.parts = parts(saved.end if saved else 0)
+        self._end = saved.end if saved else 0
+        self.parts = parts(self._end)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
         self._shelf = Shelf(folder, budget_bytes // 4, [_in_float32(feed) for feed in feeds])

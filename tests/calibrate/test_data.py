@@ -414,7 +414,8 @@ def normed(path: Path, feed: Feed) -> Array:
 def statistics_of(path: Path, feeds: Sequence[Feed]) -> InputStatistics:
     with open_model(path) as opened:
         groups = find_groups(survey(opened.model))
-        ((_, statistics),) = (one for part in segments.collect(opened, groups, feeds) for one in part)
+        parts = segments.Segments(opened, groups, segments.Data(feeds), folder=path.parent, budget_bytes=1 << 30)
+        ((_, statistics),) = (one for part in parts.run() for one in part)
     (found,) = statistics.values()
     return found
 

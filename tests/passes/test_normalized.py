@@ -13,7 +13,7 @@ from folding import microsoft
 from onnx import helper
 
 import awq_onnx
-from awq_onnx import rounding, search
+from awq_onnx import codec, rounding, search
 from awq_onnx.codec import Format
 from awq_onnx.passes.sites import survey
 from awq_onnx.search import ALPHAS, Reader
@@ -190,7 +190,8 @@ def test_heads_are_nearer_to_the_original_behind_their_norm(
     for head_size in (None, SIZE):
         readers = [Reader(weight, statistics, head_size)]
         scale, (rounded,) = rounding.round_group(readers, search.search_scale(readers, PLAIN).scale, PLAIN)
-        restored = (rounded.centred * rounded.grid.scales[:, None, :]).reshape(K, -1) / scale[:, None]
+        codes = codec.unpack(rounded.codes).transpose(1, 2, 0) - rounded.grid.zero_points[:, None, :]  # (G, b, N)
+        restored = codec.from_blocks(codec.dequantize(codes, rounded.grid), K) / scale[:, None]
         errors.append(np.square(normed(x @ restored) - normed(x @ weight)).mean())
     assert errors[1] < 0.8 * errors[0]
 
