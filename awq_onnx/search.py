@@ -8,7 +8,8 @@ Where this departs from the paper:
 * The error is tr(E' H E), H = X'X / T, which is ||X E||^2 / T exactly, whatever the number of tokens T; the paper
   runs the layer on the tokens. On the grid H is its diagonal plus its 8 largest eigenvectors: the same choice at a
   hundredth of the arithmetic.
-* alpha runs over 0, 0.05 .. 1 with both ends; first on some columns of a wide weight, the best few then on all.
+* alpha runs over 0, 0.05 .. 1 with both ends; first on some columns of a wide weight, then on all of
+  them from the best one downhill.
 * Clipping is left to what comes after, see `awq_onnx.rounding`.
 
 Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
@@ -16,7 +17,7 @@ Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -31,7 +32,7 @@ from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
 SAMPLED = 128  # columns of a wider weight that every alpha is tried on
-FINALISTS = 3  # alphas that are then tried on all columns, beside 0
+FINALISTS = 3  # alphas that are then tried on all
 SLICE = 128  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
@@ -125,16 +126,35 @@ def search_scale(
     distinct = {id(reader.statistics): reader.statistics for reader in readers}
     act_mean = mean_of(list(distinct.values()))
     scales = [candidate_scale(act_mean, alpha, limits) for alpha in ALPHAS]
-    tried = list(range(len(ALPHAS)))
-    if any(reader.N > SAMPLED for reader in readers):
+
+    def losses_at(tried: Sequence[int]) -> NDArray[np.float64]:
+        some = [scales[index] for index in tried]
+        parts = [share(r, readers) * _column_losses(r, some, fmt, _all(r.N), spread).sum(axis=1) for r in readers]
+        total: NDArray[np.float64] = np.sum(parts, axis=0)
+        return np.where(np.isfinite(total), total, np.inf)
+
+    if all(reader.N <= SAMPLED for reader in readers):
+        losses = losses_at(range(len(ALPHAS)))
+    else:
         rough = sum(share(r, readers) * _sampled_losses(r, scales, fmt, spread) for r in readers)
-        tried = sorted({0, *np.argsort(rough, kind="stable")[:FINALISTS].tolist()})
-    finalists = [scales[index] for index in tried]
-    exact = sum(share(r, readers) * _column_losses(r, finalists, fmt, _all(r.N), spread).sum(axis=1) for r in readers)
-    losses = np.full(len(ALPHAS), np.inf)
-    losses[tried] = np.where(np.isfinite(exact), exact, np.inf)
+        losses = _descend(np.argsort(rough, kind="stable")[:FINALISTS].tolist(), losses_at)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
+
+
+def _descend(starts: Sequence[int], losses_at: Callable[[Sequence[int]], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The losses at alpha 0, at `starts`, and from the best of them down to where both neighbours are worse; infinite
+    where not tried.
+    """
+    losses = np.full(len(ALPHAS), np.inf)
+    untried = set(range(len(ALPHAS)))
+    fresh = untried.intersection({0, *starts})
+    while fresh:
+        untried -= fresh
+        losses[sorted(fresh)] = losses_at(sorted(fresh))
+        best = int(np.argmin(losses))
+        fresh = untried.intersection({best - 1, best + 1})
+    return losses
 
 
 def _sampled_losses(reader: Reader, scales: Sequence[Float32], fmt: Format, spread: Spread) -> NDArray[np.float64]:

@@ -339,9 +339,12 @@ def _label(axes: Any, runs: Sequence[Run], title: str) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten in a range."""
+    """1, 2 and 5 times the powers of ten in a range; where that is hardly any, all multiples."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
+    every = [(digit, digit * 10.0**power) for power in powers for digit in range(1, 10)]
+    inside = [(digit, number) for digit, number in every if low <= number <= high]
+    few = [number for digit, number in inside if digit in (1, 2, 5)]
+    return few if len(few) > 3 else [number for _, number in inside]
 
 
 def save(runs: Sequence[Run], path: Path) -> None:

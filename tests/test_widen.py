@@ -44,7 +44,7 @@ class Half:
         return checked(nodes, [self.info("x", [2, 3], kind)], [self.info("y", [2, 3], kind)], weights)
 
     def twin(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        made = onnx.ModelProto.FromString(float32_twin(model.SerializeToString(), self.types))
+        made: onnx.ModelProto = onnx.ModelProto.FromString(float32_twin(model.SerializeToString(), self.types))
         onnx.checker.check_model(made, full_check=True)
         assert not computes_in(made.graph, self.types)
         return made
@@ -69,7 +69,7 @@ def checked(
 ) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
     opsets = [helper.make_opsetid("", 22), *([helper.make_opsetid("local", 1)] if functions else [])]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from builders import Array, GraphBuilder, run
+from builders import Array, GraphBuilder, run, statistics_of
 from folding import microsoft
 from onnx import helper
 
@@ -137,8 +137,7 @@ def x() -> Array:
 
 @pytest.fixture(scope="module")
 def statistics(x: Array) -> InputStatistics:
-    magnitude = np.abs(x)
-    return InputStatistics(x.T @ x / np.float32(len(x)), magnitude.mean(axis=0), magnitude.max(axis=0), len(x))
+    return statistics_of(x)
 
 
 @pytest.fixture(scope="module")
