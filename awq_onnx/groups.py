@@ -106,6 +106,7 @@ def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
     for site in sites:
         if not np.isfinite(opened.read(site.tensor)).all():
             raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
+        opened.let_go()
     for graph in opened.model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value

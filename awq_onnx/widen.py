@@ -22,7 +22,8 @@ HALVES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 def has_any(proto: onnx.ModelProto, types: Types) -> bool:
     """Whether anything in the model's graphs or functions is of one of `types`."""
     attributes = [attribute for one in proto.functions for node in one.node for attribute in node.attribute]
-    return any(_has_any(graph, types) for graph in _graphs(proto.graph)) or any(_mentions(a, types) for a in attributes)
+    graphs = [*_graphs(proto.graph), *(body for attribute in attributes for body in _bodies(attribute))]
+    return any(_has_any(graph, types) for graph in graphs) or any(_mentions(a, types) for a in attributes)
 
 
 def float32_twin(model: bytes, types: Types = BFLOAT16) -> bytes:
@@ -65,11 +66,18 @@ def _infos(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def _is_one(info: onnx.ValueInfoProto, types: Types) -> bool:
-    return info.type.tensor_type.elem_type in types
+    return _tensor_type(info).elem_type in types
+
+
+def _tensor_type(info: onnx.ValueInfoProto) -> onnx.TypeProto.Tensor:
+    """Of a value, or of the elements of a sequence."""
+    type_ = info.type.sequence_type.elem_type if info.type.HasField("sequence_type") else info.type
+    tensor_type: onnx.TypeProto.Tensor = type_.tensor_type
+    return tensor_type
 
 
 def _mentions(attribute: onnx.AttributeProto, types: Types) -> bool:
-    if attribute.name in ("to", "dtype", "output_dtype", "stash_type", "softmax_precision"):
+    if attribute.name in ("to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"):
         return attribute.i in types
     return bool(attribute.HasField("t") and attribute.t.data_type in types)
 
@@ -77,22 +85,48 @@ def _mentions(attribute: onnx.AttributeProto, types: Types) -> bool:
 def _widen(graph: onnx.GraphProto, types: Types) -> None:
     for info in _infos(graph):
         if _is_one(info, types):
-            info.type.tensor_type.elem_type = TensorProto.FLOAT
+            _tensor_type(info).elem_type = TensorProto.FLOAT
     for node in graph.node:
         _widen_attributes(node, types)
-    casts = []
+    lookups = _lookups(graph)
+    before: list[onnx.NodeProto] = []
+    after: dict[str, onnx.NodeProto] = {}  # by the output of a lookup
     for tensor in graph.initializer:
         if tensor.data_type not in types:
             continue
+        half = TensorProto.DataType.Name(tensor.data_type).lower()
         if any(tensor.name == info.name for info in graph.input):  # the default of an input
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
+        elif tensor.name in lookups:  # an embedding: only the rows that are looked up are cast
+            for gather in lookups[tensor.name]:
+                made, rows = gather.output[0], f"{gather.output[0]}.{half}"
+                after[rows] = helper.make_node("Cast", [rows], [made], to=TensorProto.FLOAT)
+                gather.output[0] = rows
         else:
-            kept = f"{tensor.name}.{TensorProto.DataType.Name(tensor.data_type).lower()}"
-            casts.append(helper.make_node("Cast", [kept], [tensor.name], to=TensorProto.FLOAT))
+            kept = f"{tensor.name}.{half}"
+            before.append(helper.make_node("Cast", [kept], [tensor.name], to=TensorProto.FLOAT))
             tensor.name = kept
-    nodes = [*casts, *graph.node]
+    nodes = [*before]
+    for node in graph.node:
+        nodes += [node, *(after[name] for name in node.output if name in after)]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _lookups(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The tables that nothing but Gathers of this graph read, each with these."""
+    gathers: dict[str, list[onnx.NodeProto]] = {}
+    others = {value.name for value in graph.output}
+    for node in graph.node:
+        is_gather = node.op_type == "Gather" and node.domain in ("", "ai.onnx")
+        if is_gather:
+            gathers.setdefault(node.input[0], []).append(node)
+        others.update(node.input[1:] if is_gather else node.input)
+        for attribute in node.attribute:
+            for body in _bodies(attribute):
+                others.update(name for inner in body.node for name in inner.input)
+                others.update(value.name for value in body.output)
+    return {name: nodes for name, nodes in gathers.items() if name not in others}
 
 
 def _widen_attributes(node: onnx.NodeProto, types: Types) -> None:

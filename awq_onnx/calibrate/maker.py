@@ -34,6 +34,7 @@ from awq_onnx.store import OpenedModel, open_model
 RANDOM = "random inputs"
 PROSE = "short texts that come with awq-onnx"
 PROSE_AND_NOISE = f"{PROSE}, the rest of the inputs random"
+MOST_COPIED_BYTES = 600_000_000
 LARGE_BYTES = 4 << 30  # a model file above takes hours to write its own text
 NOISY = (RANDOM, PROSE_AND_NOISE)
 
@@ -65,8 +66,9 @@ class Maker:
 
     @cached_property
     def session(self) -> Any:
-        """Of a large model nothing is fused: that may copy weights."""
-        return runtime.session(self.opened.serialize(), self.opened.folder, fuse=not self.is_large)
+        """Of a large model nothing is fused: that copies weights, those of half precision as float32."""
+        fuse = self.opened.size_bytes <= MOST_COPIED_BYTES
+        return runtime.session(self.opened.serialize(), self.opened.folder, fuse=fuse)
 
     @property
     def is_large(self) -> bool:

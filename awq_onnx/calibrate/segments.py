@@ -41,6 +41,7 @@ Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an inp
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")
 VALIDATION_EVERY = 8  # one feed in so many, and one where there are fewer
 VALIDATION_ROWS = 512  # of every input, in all
+WEIGHT_BYTES = 512 << 20  # of weights in one part, in fp32
 PART_BYTES = 48 << 20  # of second moments in one part, which holds at least one node
 
 
@@ -268,7 +269,7 @@ def cut(
     given = {name: waiting.pop(name) for name in list(waiting) if name in known}
     parts = [Part(nodes=(), taps=given, reads=(), makes=(), dead_after=frozenset())] if given and not begin else []
     start = 0
-    for stop in _cuts(nodes, last_read, moments, part_bytes, (0, begin, len(body), len(nodes))):
+    for stop in _cuts(nodes, last_read, moments, weights, part_bytes, (0, begin, len(body), len(nodes))):
         run = nodes[start:stop]
         made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
         read = dict.fromkeys(name for node in run for name in reading[node] if name not in made)
@@ -306,24 +307,30 @@ def _cuts(
     nodes: Sequence[ir.Node],
     last_read: Mapping[str, int],
     moments: Sequence[int],
+    weights: Sequence[int],
     part_bytes: int,
     borders: Sequence[int],
 ) -> list[int]:
     """Where parts end: close to the budget, at the places where the fewest tensors are alive, and at the borders.
 
-    Only moments count: weights are mapped, and cost no more than the largest of them.
+    Moments count, and to a bound that hardly any layer reaches weights: they are mapped, but those of half precision
+    are cast, all of a part before it begins.
     """
     alive = np.zeros(len(nodes) + 2, np.int64)
     for position, node in enumerate(nodes):
         for output in node.outputs:
             alive[position + 1 : last_read.get(output.name or "", position) + 1] += 1
-    cost = np.concatenate([[0], np.cumsum(moments)])  # of the nodes before a place
+    cost, casts = (
+        np.concatenate([[0], np.cumsum(sizes)]) for sizes in (moments, weights)
+    )  # of the nodes before a place
     cuts = []
     for start, end in pairwise(borders):
         while start < end:
             first = max(start + 1, int(np.searchsorted(cost, cost[start] + part_bytes // 2)))
             most = max(cost[start] + part_bytes, cost[min(first, end)])
             last = int(np.searchsorted(cost, most, side="right")) - 1
+            last = min(last, max(start + 1, int(np.searchsorted(casts, casts[start] + WEIGHT_BYTES, side="right")) - 1))
+            first = min(first, last)
             if last >= end:
                 start = end
             else:
