@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
     _add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
 
-    machine = parser.add_argument_group("machine", "none of this changes the result")
+    machine = parser.add_argument_group("machine", "the budget changes no bit of the result, threads hardly ever")
     machine.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     machine.add_argument(
         "--memory-budget",

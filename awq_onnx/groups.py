@@ -31,6 +31,7 @@ from awq_onnx.threads import Spread, one_by_one
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
 LARGEST_FP16 = np.float32(np.finfo(np.float16).max / HEADROOM)
 STRIPS = 8  # of columns, in float32: what rounding holds of a weight at its peak
+ROUNDED_BYTES = 0.75  # of a weight with its grid, at block size 32
 WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is worth it
 
 
@@ -91,9 +92,10 @@ class Found:
 
 
 def memory_bytes(group: Group) -> int:
-    """About what `search_group` takes at its peak: H of every input, a factor, and what is rounded."""
+    """About what `search_group` takes at its peak: H of every input and of all, a factor, a strip, what is rounded."""
     inputs = len({value.name for value in group.inputs})
-    return 4 * group.K**2 * (1 + inputs) + strip_bytes(group)
+    rounded = sum(site.N for site in group.sites) + max(site.N for site in group.sites)  # one is joined of its strips
+    return 4 * group.K**2 * (1 + inputs + (inputs > 1)) + strip_bytes(group) + int(ROUNDED_BYTES * group.K * rounded)
 
 
 def strip_bytes(group: Group) -> int:

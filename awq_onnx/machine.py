@@ -1,4 +1,6 @@
-"""What a run may take of the machine. Nothing here changes a bit of the result."""
+"""What a run may take of the machine. The budget changes no bit of the result; nor do threads, but for layers so wide
+that BLAS computes with all of them.
+"""
 
 from __future__ import annotations
 

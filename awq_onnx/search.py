@@ -31,7 +31,7 @@ from awq_onnx.statistics import InputStatistics, mean_of
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
-SAMPLED = 128  # columns of a wider weight that every alpha is tried on
+SAMPLED = 256  # columns of a wider weight that every alpha is tried on
 FINALISTS = 3  # alphas that are then tried on all
 SLICE = 128  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
@@ -167,8 +167,8 @@ def _sampled_losses(reader: Reader, scales: Sequence[Float32], fmt: Format, spre
         return everywhere
     unscaled = _column_losses(reader, [np.ones_like(scales[0])], fmt, _all(reader.N), spread)[0]
     order = np.argsort(-unscaled, kind="stable")
-    loud, quiet = np.sort(order[: SAMPLED // 2]), np.sort(order[SAMPLED // 2 :])
-    some = quiet[:: -(-quiet.size // (SAMPLED // 2))]
+    loud, quiet = order[: SAMPLED // 2], order[SAMPLED // 2 :]
+    some = quiet[:: -(-quiet.size // (SAMPLED // 2))]  # as loud as all of them
     losses = _column_losses(reader, scales, fmt, [loud, some], spread)  # (scales, columns)
     rest = losses[:, loud.size :].sum(axis=1) * (quiet.size / some.size)
     estimated: NDArray[np.float64] = rest + losses[:, : loud.size].sum(axis=1)

@@ -51,8 +51,7 @@ def cholesky(matrix: Float32, shrink: float) -> list[Float32]:
     inverses: list[Float32] = []
     for start, stop in runs(len(matrix), PANEL):
         panel = matrix[start:stop, start:].T * np.float32(1 - shrink)  # (K - start, n)
-        within = panel[: stop - start]
-        within[...] = np.tril(within, -1)
+        within = panel[: stop - start]  # of which the lower triangle counts
         np.fill_diagonal(within, 1)
         if start:
             panel -= matrix[start:, :start] @ matrix[start:stop, :start].T

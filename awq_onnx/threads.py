@@ -77,8 +77,10 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._limit.restore_original_limits()
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self._limit.restore_original_limits()
 
     def make_room(self, size_bytes: int) -> None:
         """Wait until so much more fits into the budget beside what runs, or nothing runs any more."""

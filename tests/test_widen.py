@@ -517,21 +517,3 @@ def test_a_bfloat16_decoder_is_quantised_from_end_to_end(tmp_path: Path, lm_head
     expected, actual = run(half.twin(model), feed)["logits"], run(whole, feed)["logits"]
     assert 0 < np.linalg.norm(actual - expected) < 0.5 * np.linalg.norm(expected)
     assert report.comparison.kl_mean is not None
-
-
-@every_half
-def test_of_an_embedding_only_the_rows_that_are_looked_up_are_cast(half: Half) -> None:
-    table = half.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], "table")
-    nodes = [make("Gather", ["table", "rows"], ["found"]), make("Mul", ["x", "found"], ["y"])]
-    made = half.twin(half.model_of(nodes, table, numpy_helper.from_array(np.array([2, 0]), "rows")))
-    assert y_of(made) == [[7, 16, 27], [-4, 10, 18]]
-    assert [node.op_type for node in made.graph.node] == ["Gather", "Cast", "Mul"]
-
-
-@every_half
-def test_a_table_that_is_multiplied_too_is_cast_whole(half: Half) -> None:
-    table = half.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], "table")
-    nodes = [make("Gather", ["table", "rows"], ["found"]), make("MatMul", ["found", "table"], ["y"])]
-    made = half.twin(half.model_of(nodes, table, numpy_helper.from_array(np.array([0, 0]), "rows")))
-    assert y_of(made) == [[30, 36, 42], [30, 36, 42]]
-    assert [node.op_type for node in made.graph.node] == ["Cast", "Gather", "MatMul"]
