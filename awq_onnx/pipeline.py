@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,22 +13,21 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from awq_onnx import codec, groups, report, resume, runtime, threads
+from awq_onnx import codec, groups, partwise, report, resume, runtime, threads
 from awq_onnx._version import __version__
-from awq_onnx.calibrate import channels, data, segments
+from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
-from awq_onnx.calibrate.segments import Data, Segments
 from awq_onnx.calibrate.straight import Straight, straighten
 from awq_onnx.comparison import compare_outputs, compared_outputs
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
-from awq_onnx.groups import Found, GroupResult, SiteResult
+from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import Machine
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
+from awq_onnx.partwise import Partwise
 from awq_onnx.passes import check, constants, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
@@ -44,14 +41,8 @@ from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import Recipe
 from awq_onnx.report import Report
 from awq_onnx.store import ModelSource, OpenedModel, open_model
-from awq_onnx.threads import Spread, Workers
 
-Outputs = list[NDArray[np.generic]]
-
-CALIBRATION, VALUES = "calibration", "values"  # their entries in the journal
-SAVE_EVERY_SECONDS = 60.0
-FORWARD = 0.5  # of the work of calibrating and searching, about
-LARGE = 4096  # channels of an input whose matrices are worth all threads of BLAS
+CALIBRATION = "calibration"  # its entry in the journal
 SCALE_BYTES = 9  # of a block: its scale twice, its zero point
 COPIES = 3  # of a 4-bit model, about, in the session of an application
 
@@ -93,9 +84,13 @@ def quantize(
             with meter.stage("calibration data"):
                 calibration_data = _calibration_data(files, opened, wanted, recipe, calibration, tokenizer, progress)
             with meter.stage("calibrate and search"):
-                results, expected = _calibrate_and_search(
-                    plan, opened, files, calibration_data, outputs, recipe, budget_bytes, progress
-                )
+                runtime.give_back_memory()
+                progress.stage("Tracing channels")
+                straight = straighten(opened, plan.survey, calibration_data.feeds[0])
+                maps = trace_channels(plan, straight, calibration_data)
+                progress.stage("Calibrating and searching")
+                partwise_run = Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes)
+                results, expected = partwise_run.run(calibration_data, outputs, progress.advance)
             with meter.stage("write"):
                 progress.stage("Writing the model")
                 _edit(opened, results, files, recipe)
@@ -192,109 +187,12 @@ def _calibration_data(
 ) -> CalibrationData:
     """What an interrupted run had, or new data."""
     if CALIBRATION in files.done:
-        finished = sum(name not in (CALIBRATION, VALUES) for name in files.done)
+        finished = sum(name.startswith(partwise.GROUP) for name in files.done)
         progress.note(f"Going on from an interrupted run, which had finished {finished} groups of layers.")
         return CalibrationData.kept(files.done[CALIBRATION], files.work)
     loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
     files.record(CALIBRATION, loaded.keep(files))
     return loaded
-
-
-def _calibrate_and_search(
-    plan: Plan,
-    opened: OpenedModel,
-    files: OutputFiles,
-    calibration_data: CalibrationData,
-    outputs: Sequence[str],
-    recipe: Recipe,
-    budget_bytes: int,
-    progress: Progress,
-) -> tuple[list[GroupResult], list[Outputs]]:
-    """Run the model part by part over the data; quantise what a part's activations are known for.
-
-    The results in the order of the plan, and what the model makes of the held-out data.
-    """
-    runtime.give_back_memory()
-    progress.stage("Tracing channels")
-    straight = straighten(opened, plan.survey, calibration_data.feeds[0])
-    maps = trace_channels(plan, straight, calibration_data)
-    names = rewrite.weight_names(plan.survey.sites)
-    progress.stage("Calibrating and searching")
-    entries = {group: f"group {number}" for number, group in enumerate(plan.groups)}
-    finished_before = {group for group, entry in entries.items() if entry in files.done}
-    through = Data(calibration_data.feeds, calibration_data.held_out, outputs)
-    searched: deque[tuple[Group, Future[Found]]] = deque()
-
-    def write(*, wait: bool) -> None:
-        while searched and (wait or searched[0][1].done()):
-            group, found = searched.popleft()
-            files.record(entries[group], groups.write_group(found.result(), files, names))
-            progress.advance((1 - FORWARD) / (len(entries) - len(finished_before)))
-
-    with Workers(threads.usable_cores(), budget_bytes) as workers, files.failures():
-        run = Segments(
-            straight.opened,
-            plan.groups,
-            through,
-            folder=files.work,
-            budget_bytes=budget_bytes,
-            finished=finished_before,
-            saved=_saved(files, len(through.feeds) + len(through.measured)),
-            spread=workers.spread,
-        )
-        last_saved = time.monotonic()
-        for finished in run.run(make_room=workers.make_room, advance=lambda part: progress.advance(FORWARD * part)):
-            while finished:
-                group, statistics = finished.pop(0)
-                job = _search_job(group, maps.get(group), statistics, recipe, opened, calibration_data.random)
-                del statistics
-                size, piece, large = groups.memory_bytes(group), groups.strip_bytes(group), group.K > LARGE
-                searched.append((group, workers.submit(size, job, piece_bytes=piece, large=large)))
-                del job
-                write(wait=False)
-            opened.let_go()
-            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS and run.can_be_saved:
-                write(wait=True)
-                _save(run, files)
-                last_saved = time.monotonic()
-        write(wait=True)
-    results = [
-        groups.result_of(files.done[entry], group, maps.get(group), files.work, names)
-        for group, entry in entries.items()
-    ]
-    return results, run.measured
-
-
-def _save(run: Segments, files: OutputFiles) -> None:
-    """Let an interrupted run go on from here, in the place of the values saved before."""
-    before = files.done.get(VALUES)
-    number = 1 + before["number"] if before else 0
-    end = run.save(files.work / f"{VALUES}-{number}.npz")
-    files.record(VALUES, {"number": number, "end": end})
-    for other in files.work.glob(f"{VALUES}-*.npz"):
-        if other.name != f"{VALUES}-{number}.npz":
-            other.unlink()
-
-
-def _saved(files: OutputFiles, feeds: int) -> segments.Saved | None:
-    entry = files.done.get(VALUES)
-    if entry is None:
-        return None
-    return segments.Saved.read(files.work / f"{VALUES}-{entry['number']}.npz", entry["end"], feeds)
-
-
-def _search_job(
-    group: Group,
-    channels: ChannelMap | Refusal | None,
-    statistics: segments.Statistics,
-    recipe: Recipe,
-    opened: OpenedModel,
-    random: bool,
-) -> Callable[[Spread], Found]:
-    def job(spread: Spread) -> Found:
-        return groups.search_group(group, channels, statistics, recipe, opened, random=random, spread=spread)
-
-    return job
 
 
 def trace_channels(

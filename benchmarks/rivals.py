@@ -4,24 +4,25 @@
 
 Both calibrate on the same windows of tokens, quantise the same layers in blocks of 32 and leave the lm_head; what they
 make is compared with the fp32 model on other text. Each tool is a process of its own, in turns: ours, theirs, ours.
-Seconds are of the whole process, imports included; CPU seconds are of all cores together, and depend less on what else
-runs on the machine. Memory is sampled from outside, summed over the process and all that it starts: private memory is
-what they allocate, resident memory counts mapped files too. awq-onnx keeps two of the 32 windows apart to measure its
-result with, which is part of its time; ModelOpt measures nothing.
+Seconds are of the whole process, imports included; CPU seconds are of all cores together. Both want an idle machine,
+and our two runs far apart tell that it was none. Memory is sampled from outside, summed over the process and all that
+it starts: private memory is what they allocate, resident memory counts mapped files too. awq-onnx keeps two of the 32
+windows apart to measure its result with, which is part of its time; ModelOpt measures nothing.
 
 ModelOpt is called as its guide does, `modelopt.onnx.quantization.int4.quantize`, with what makes it fastest:
 
 * `enable_fast_path_using_high_sysram`: the model runs once over each window and the inputs of all MatMuls are kept in
   memory. Without it the model runs over all windows again for every MatMul, 210 times here;
   `awqlite_run_per_subgraph` does so for every group, 120 times, and cannot be put together with the fast path.
-* `awqlite_fuse_nodes=False`: the default ends in an AttributeError where there is no cupy (`numpy.ndarray.get`), that
-  is, on every machine without CUDA. So each layer gets a Mul.
+* `awqlite_fuse_nodes=False`: the default ends in an AttributeError (`numpy.ndarray` has no `get`) where there is no
+  cupy, that is, on a machine without CUDA. So each layer gets a Mul.
 * No zero points and 11 values of alpha, its defaults. Fewer cannot be asked for: `awqlite_alpha_step` changes nothing
   where MatMuls are searched one by one.
 
-Two things are done for it before its clock starts: the model is lifted to opset 21, which it needs for INT4 and takes
-no care of itself, and its C++ packing is compiled. It lives in a virtual environment of its own, made in the cache by
-the first run (1.4 GB, some minutes). One run takes ten minutes or more on two cores, and 6 GB of memory.
+Two things are done for it before its clock starts: the model is lifted to opset 21, which INT4 needs (its general
+`modelopt.onnx.quantization.quantize` does that too, and takes longer), and its C++ packing is compiled. It lives in a
+virtual environment of its own, made in the cache by the first run (1.4 GB, some minutes). One run takes five to ten
+minutes on two idle cores, and 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -261,10 +262,12 @@ def row(one: Result) -> str:
 
 
 def ratios(ours: Sequence[Result], theirs: Result) -> Iterator[str]:
-    """Theirs / ours, of ours the mean of the runs; all of them have an output."""
+    """Theirs / ours: by the mean of our runs, and by each; all of them have an output."""
 
     def ratio(what: str, of: Callable[[Result], float]) -> str:
-        return f"{what}: {of(theirs) / statistics.mean(of(one) for one in ours):.2f}"
+        each = [of(theirs) / of(one) for one in ours]
+        mean = of(theirs) / statistics.mean(of(one) for one in ours)
+        return f"{what}: {mean:.2f} ({min(each):.2f} to {max(each):.2f})"
 
     yield ratio("seconds", lambda one: one.cost.seconds)
     yield ratio("CPU seconds", lambda one: one.cost.cpu_seconds)
@@ -316,7 +319,7 @@ def main() -> int:
     if not all(one.output for one in results):
         return 1
     if theirs:
-        print(f"\n{THEIRS} / {OURS}: {', '.join(ratios(ours, theirs[0]))}")
+        print(f"\n{THEIRS} / {OURS}, by the mean of two runs (by each):", *ratios(ours, theirs[0]), sep="\n  ")
     return 0
 
 

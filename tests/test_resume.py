@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from builders import Array, norm_and_readers, save, tiny_cross_decoder, tiny_decoder
 
-from awq_onnx import Recipe, groups, pipeline, quantize, resume
+from awq_onnx import Recipe, groups, partwise, quantize, resume
 from awq_onnx.calibrate import segments
 from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import signature
@@ -246,7 +246,7 @@ def test_a_run_may_be_interrupted_whenever_it_has_finished_something(
     decoder: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """And may have another budget when it goes on."""
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_SECONDS", seconds)
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", seconds)
     for number in range(1, 40, 2 if seconds else 5):
         before = bool(number // 2 % 2)
         budgets = [Machine(memory_budget=budget) for budget in ((1, 1 << 30) if number % 4 == 1 else (1 << 16, 1))]
@@ -265,7 +265,7 @@ def test_a_run_may_be_interrupted_whenever_it_has_finished_something(
 def test_a_run_that_is_interrupted_after_every_step_comes_to_its_end(
     decoder: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_SECONDS", seconds)
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", seconds)
     run = outputs_of(decoder, tmp_path, machine=Machine(memory_budget=1))
     for _ in range(20):
         if not stop_at(monkeypatch, 2 if seconds == 0 else 1, before=False, failure=Stopped(), act=run):
@@ -283,7 +283,7 @@ def test_values_are_saved_once_all_groups_before_them_are_written(
         time.sleep(0.05)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", 0)
     monkeypatch.setattr(segments, "PART_BYTES", 1)
     monkeypatch.setattr(groups, "search_group", slow)
     run = outputs_of(decoder, tmp_path, machine=Machine(memory_budget=1 << 30, threads=2), overwrite=True)
@@ -313,7 +313,7 @@ def test_nothing_is_left_of_a_run_that_failed_otherwise(
 
 
 def test_a_half_precision_model_is_gone_on_with_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", 0)
     path = save(tiny_decoder(dtype=np.float16), tmp_path / "model.onnx")
     run = outputs_of(path, tmp_path, overwrite=True)
     run()
@@ -416,7 +416,7 @@ def test_calibration_data_that_are_given_are_gone_on_with(decoder: Path, tmp_pat
 def test_saved_values_that_are_lost_are_made_again(
     decoder: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    monkeypatch.setattr(pipeline, "SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", 0)
     run = outputs_of(decoder, tmp_path, machine=Machine(memory_budget=1))
     assert stop_at(monkeypatch, 12, before=False, failure=Stopped(), act=run)
     for values in work_folder(tmp_path / "out.onnx").glob("values-*.npz"):
@@ -456,8 +456,8 @@ def test_a_model_of_plain_layers_is_gone_on_with(tmp_path: Path, monkeypatch: py
 
 KILLED = """
 import sys
-from awq_onnx import Recipe, pipeline
-pipeline.SAVE_EVERY_SECONDS = float(sys.argv[3])
+from awq_onnx import Recipe, partwise, pipeline
+partwise.SAVE_EVERY_SECONDS = float(sys.argv[3])
 print("ready", flush=True)
 pipeline.quantize(sys.argv[1], sys.argv[2], Recipe(samples=3, sequence_length=8), overwrite=True)
 """
