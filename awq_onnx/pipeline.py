@@ -84,13 +84,9 @@ def quantize(
             with meter.stage("calibration data"):
                 calibration_data = _calibration_data(files, opened, wanted, recipe, calibration, tokenizer, progress)
             with meter.stage("calibrate and search"):
-                runtime.give_back_memory()
-                progress.stage("Tracing channels")
-                straight = straighten(opened, plan.survey, calibration_data.feeds[0])
-                maps = trace_channels(plan, straight, calibration_data)
+                parts = _parts(plan, opened, calibration_data, recipe, files, budget_bytes, progress)
                 progress.stage("Calibrating and searching")
-                partwise_run = Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes)
-                results, expected = partwise_run.run(calibration_data, outputs, progress.advance)
+                results, expected = parts.run(calibration_data, outputs, progress.advance)
             with meter.stage("write"):
                 progress.stage("Writing the model")
                 _edit(opened, results, files, recipe)
@@ -193,6 +189,23 @@ def _calibration_data(
     loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
     files.record(CALIBRATION, loaded.keep(files))
     return loaded
+
+
+def _parts(
+    plan: Plan,
+    opened: OpenedModel,
+    calibration_data: CalibrationData,
+    recipe: Recipe,
+    files: OutputFiles,
+    budget_bytes: int,
+    progress: Progress,
+) -> Partwise:
+    """What is known before any part runs: the branches that the data take, and where channels go."""
+    runtime.give_back_memory()
+    progress.stage("Tracing channels")
+    straight = straighten(opened, plan.survey, calibration_data.feeds[0])
+    maps = trace_channels(plan, straight, calibration_data)
+    return Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes)
 
 
 def trace_channels(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from awq_onnx import codec
 from awq_onnx.codec import Float32, Format
-from awq_onnx.statistics import InputStatistics, mean_of
+from awq_onnx.statistics import InputStatistics, IntArray, mean_of
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -37,7 +37,6 @@ SLICE = 128  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
-IntArray = NDArray[np.int64]
 Columns: TypeAlias = "slice | IntArray"
 
 

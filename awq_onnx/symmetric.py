@@ -1,7 +1,7 @@
 """Large symmetric matrices, by blocks: nothing of their size is allocated, and nearly all work is in products.
 
 A (K, K) of a wide layer is half a gigabyte, so that every copy counts; and the Cholesky factor of LAPACK, as numpy
-reaches it, takes three to ten times as long as the products that make up the same factor.
+reaches it, takes several times as long as the products that make up the same factor.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Float32 = NDArray[np.float32]
+from awq_onnx.codec import Float32
 
 COLUMNS = 192  # of a product: what of it is symmetric is left out, block by block
 PANEL = 64  # columns of a factor that are made together

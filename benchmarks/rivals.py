@@ -29,12 +29,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +42,11 @@ import numpy as np
 import onnx
 from common import held_out_text, other_text, size_bytes, smollm2
 from numpy.typing import NDArray
+from watching import Cost, watched
 
 OURS, THEIRS = "awq-onnx", "ModelOpt awq_lite"
 BLOCK_SIZE = 32
 WINDOWS, WINDOW_LENGTH = 8, 256  # to measure the results with
-SAMPLE_SECONDS = 0.05
 # What ModelOpt's extra "onnx" asks for, without cupy, and onnxruntime in the place of onnxruntime-gpu.
 PACKAGES = (
     "nvidia-modelopt==0.47.0",
@@ -65,14 +63,6 @@ PACKAGES = (
     "lief==1.0.0",
     "cppimport==26.4.17",
 )
-
-
-@dataclass(frozen=True)
-class Cost:
-    seconds: float
-    cpu_seconds: float
-    private_bytes: int
-    resident_bytes: int
 
 
 @dataclass(frozen=True)
@@ -163,55 +153,10 @@ def modelopt_inputs(graph: onnx.GraphProto, ids: NDArray[np.int64]) -> list[dict
     return [{"input_ids": one[None], "attention_mask": mask, "position_ids": positions, **caches} for one in ids]
 
 
-def measured(command: Sequence[str], log: Path) -> tuple[Cost, int]:
-    """Cost and exit code of a command; all that it prints goes to `log`."""
-    private, resident = 0, 0
-    start, cpu = time.perf_counter(), cpu_seconds()
-    with log.open("wb") as printed, subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT) as process:
-        while True:
-            try:
-                code = process.wait(SAMPLE_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                now = [memory_of(one) for one in process_tree(process.pid)]
-                private = max(private, sum(one for one, _ in now))
-                resident = max(resident, sum(one for _, one in now))
-    return Cost(time.perf_counter() - start, cpu_seconds() - cpu, private, resident), code
-
-
-def cpu_seconds() -> float:
-    """Of all processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def process_tree(root: int) -> Iterator[int]:
-    """The id of a process and of all that it started."""
-    yield root
-    for children in Path(f"/proc/{root}/task").glob("*/children"):
-        for child in read_or_empty(children).split():
-            yield from process_tree(int(child))
-
-
-def memory_of(process: int) -> tuple[int, int]:
-    """Private and resident bytes; zeros of a process that has ended."""
-    lines = read_or_empty(Path(f"/proc/{process}/status")).splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    private, resident = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))
-    return private, resident
-
-
-def read_or_empty(file: Path) -> str:
-    """The text of a file of /proc, nothing where its process has ended meanwhile."""
-    try:
-        return file.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 def run_tool(tool: str, command: Sequence[str], model: Path, output: Path) -> Result:
     log = output.with_suffix(".log")
-    cost, code = measured(command, log)
+    with log.open("wb") as printed:
+        cost, code = watched(command, printed, printed)
     if code != 0:
         return Result(tool, cost, None, f"exit code {code}: {last_line(log)}")
     return Result(tool, cost, looked_at(model, output))

@@ -22,13 +22,10 @@ import importlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,23 +36,13 @@ from typing import Any
 import numpy as np
 from common import size_bytes
 from random_llama import DTYPES, POSITIONS, SHAPES, Shape, build
+from watching import Cost, watched
 
 LAYERS_SHAPE = "0.5"  # whose layers `--layers` counts
 SEED = 20231
-SAMPLE_SECONDS = 0.02
 HELD_OUT_SHARE = 16  # awq-onnx keeps one sample in so many to measure with
 MB, GB = 1e6, 1e9
 GREY = "0.55"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of a process; memory is the most it had at one time."""
-
-    seconds: float
-    cpu_seconds: float
-    private_bytes: int
-    resident_bytes: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,7 @@ def measured(name: str, layers: int | None, arguments: argparse.Namespace) -> Ru
         _say(f"{label}: quantising {size_bytes(model) / GB:.2f} GB")
         command = [sys.executable, "-m", "awq_onnx", str(model), "-o", str(folder / "int4.onnx")]
         command += ["--calibration", str(ids), "--samples", str(arguments.samples), "--quiet", "--json", "--force"]
-        report, cost = watched([*command, *_options(arguments)])
+        report, cost = report_of([*command, *_options(arguments)])
     return Run(
         shape=name,
         layers=shape.layers,
@@ -178,45 +165,15 @@ def _calibration(folder: Path, shape: Shape, samples: int, length: int) -> Path:
     return path
 
 
-def watched(command: Sequence[str]) -> tuple[dict[str, Any], Cost]:
+def report_of(command: Sequence[str]) -> tuple[dict[str, Any], Cost]:
     """Run a command; what it prints, as JSON, and what it cost."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        before, start = _cpu_seconds(), time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=errors)
-        try:
-            private_bytes, resident_bytes = _peaks(process)
-        finally:
-            process.kill()  # where this was interrupted; one that has ended does not notice
-            process.wait()
-        cost = Cost(time.perf_counter() - start, _cpu_seconds() - before, private_bytes, resident_bytes)
+        cost, code = watched(command, output, errors)
         output.seek(0)
         errors.seek(0)
-        if process.returncode:
-            sys.exit(f"{' '.join(command)}\nended with {process.returncode}: {errors.read().decode().strip()}")
+        if code:
+            sys.exit(f"{' '.join(command)}\nended with {code}: {errors.read().decode().strip()}")
         return json.load(output), cost
-
-
-def _cpu_seconds() -> float:
-    """Of all processes that this one has started and that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _peaks(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """The most private and resident memory that a process has until it ends, in bytes."""
-    status = Path(f"/proc/{process.pid}/status")
-    private, resident = 0, 0
-    while process.poll() is None:
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmRSS" in fields:  # not once it has ended
-            private = max(private, _bytes(fields["RssAnon"]))
-            resident = max(resident, _bytes(fields["VmRSS"]))
-        time.sleep(SAMPLE_SECONDS)
-    return private, resident
-
-
-def _bytes(field: str) -> int:
-    return int(field.split()[0]) * 1024
 
 
 def sizes_table(runs: Sequence[Run]) -> Iterator[str]:

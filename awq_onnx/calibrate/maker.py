@@ -34,8 +34,8 @@ from awq_onnx.store import OpenedModel, open_model
 RANDOM = "random inputs"
 PROSE = "short texts that come with awq-onnx"
 PROSE_AND_NOISE = f"{PROSE}, the rest of the inputs random"
-MOST_COPIED_BYTES = 600_000_000
-LARGE_BYTES = 4 << 30  # a model file above takes hours to write its own text
+MOST_COPIED_BYTES = 600_000_000  # of a model file: a session may copy its weights, which makes it faster
+LARGE_BYTES = 4 << 30  # a model file above takes too long to write its own text
 NOISY = (RANDOM, PROSE_AND_NOISE)
 
 

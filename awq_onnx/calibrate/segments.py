@@ -12,7 +12,6 @@ import os
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,6 +41,7 @@ MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")
 VALIDATION_EVERY = 8  # one feed in so many, and one where there are fewer
 VALIDATION_ROWS = 512  # of every input, in all
 WEIGHT_BYTES = 512 << 20  # of weights in one part, in fp32
+SHARE = 4  # one part in so many of the budget is for second moments, and one for what waits between parts
 PART_BYTES = 48 << 20  # of second moments in one part, which holds at least one node
 
 
@@ -119,12 +119,12 @@ class Segments:
         self._outputs = tuple(data.outputs)
         self._summed = len(data.feeds)
         self._apart = _validation_rows(self._summed)
-        parts = partial(cut, opened.model.graph, groups, min(PART_BYTES, budget_bytes // 4), data.outputs)
+        share_bytes = budget_bytes // SHARE
         self._end = saved.end if saved else 0
-        self.parts = parts(self._end)
+        self.parts = cut(opened.model.graph, groups, min(PART_BYTES, share_bytes), data.outputs, self._end)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
-        self._shelf = Shelf(folder, budget_bytes // 4, [_in_float32(feed) for feed in feeds])
+        self._shelf = Shelf(folder, share_bytes, [_in_float32(feed) for feed in feeds])
 
     def run(
         self, *, make_room: Callable[[int], None] = unheard, advance: Callable[[float], None] = unheard
@@ -320,9 +320,7 @@ def _cuts(
     for position, node in enumerate(nodes):
         for output in node.outputs:
             alive[position + 1 : last_read.get(output.name or "", position) + 1] += 1
-    cost, casts = (
-        np.concatenate([[0], np.cumsum(sizes)]) for sizes in (moments, weights)
-    )  # of the nodes before a place
+    cost, casts = (np.concatenate([[0], np.cumsum(sizes)]) for sizes in (moments, weights))  # before a place
     cuts = []
     for start, end in pairwise(borders):
         while start < end:
