@@ -12,6 +12,7 @@ turns it into the (N, G, b/2) of the file. A last block that K does not fill is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -78,10 +79,16 @@ def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
 
     A scale that would be 0 (an all-zero block, or one too small for `dtype`) is 1: its codes are then 0.
     """
-    largest = float(FINFO(dtype).max)
-    rounded = np.clip(scales, -largest, largest).astype(dtype).astype(np.float32)
+    largest = _largest(np.dtype(dtype))
+    rounded = np.minimum(np.maximum(scales, -largest), largest)
+    rounded = rounded.astype(dtype, copy=False).astype(np.float32, copy=False)
     smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
     return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
+
+
+@cache
+def _largest(dtype: np.dtype[Any]) -> np.float32:
+    return np.float32(FINFO(dtype).max)
 
 
 def minmax_grid(blocks: Float32, fmt: Format) -> Grid:

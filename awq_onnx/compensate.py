@@ -51,10 +51,11 @@ def find(statistics: InputStatistics, scale: Float32, *, random: bool = False) -
     """
     if statistics.validation is None or not 0 < len(statistics.validation) < statistics.tokens:
         return None
-    rows = statistics.validation / scale
     training = _Ordered.of(statistics, scale, unseen=statistics.validation)
+    rows = np.take(statistics.validation / scale, training.order, axis=1)
     if not (rows.any() and training.roots.any()):
         return None
+    rows /= training.roots
     shrink, gain = _least(
         [one for one in SHRINKS if one >= LEAST_FOR_NOISE or not random], lambda shrink: training.gain(shrink, rows)
     )
@@ -103,23 +104,19 @@ class _Ordered:
         roots = np.sqrt(np.where(live, diagonal, diagonal.mean()))[order].astype(np.float32)
         inverse = np.sqrt(np.divide(1, own, where=live, out=np.zeros(own.size)))[order].astype(np.float32)
         matrix = np.empty_like(statistics.second_moment) if memory is None else memory
-        for start, stop in runs(len(matrix), ROWS):
-            part = statistics.moment_without(unseen, order[start:stop], order[start:])
-            part *= inverse[start:stop, None]
-            part *= inverse[start:]
-            matrix[start:stop, start:] = part
+        for some, part in statistics.moments_without(unseen, order, ROWS):
+            part *= inverse[some, None]
+            part *= inverse[some.start :]
+            matrix[some, some.start :] = part
         return cls(order, roots, matrix)
 
     def gain(self, shrink: float, rows: Float32) -> float:
-        """|X (I + F')^-1|^2 over |X|^2: what compensating does to white noise, on the rows X (R, K).
+        """|X (I + F')^-1|^2 over |X|^2: what compensating does to white noise. rows: X over the roots, in order, (R, K).
 
         With X = Z L' diag(roots), X (I + F')^-1 is Z times the roots and the diagonal of L.
         """
-        ordered = rows[:, self.order]
-        inverses = cholesky(self.matrix, shrink)
-        spread = solve(self.matrix, inverses, ordered / self.roots)
-        spread *= self.roots * np.diagonal(self.matrix)
-        return float(np.vdot(spread, spread) / np.vdot(ordered, ordered))
+        solved = solve(self.matrix, cholesky(self.matrix, shrink), rows)
+        return _energy(solved, self.roots * np.diagonal(self.matrix)) / _energy(rows, self.roots)
 
     def compensation(self, shrink: float) -> Compensation:
         """With the correlations shrunk; this value is used up."""
@@ -129,6 +126,11 @@ class _Ordered:
         feedback *= self.roots[:, None]
         feedback *= columns
         return Compensation(self.order, feedback)
+
+
+def _energy(rows: Float32, factors: Float32) -> float:
+    """|X|^2 of rows (R, K), each channel by its factor."""
+    return float(np.square(factors, dtype=np.float64) @ np.einsum("rk,rk->k", rows, rows))
 
 
 def round_weight(scaled: Float32, grid: Grid, block_size: int, compensation: Compensation) -> Float32:

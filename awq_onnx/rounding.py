@@ -20,10 +20,11 @@ import numpy as np
 from awq_onnx import codec, compensate
 from awq_onnx.codec import Float32, Format, Grid, UInt8
 from awq_onnx.compensate import Compensation
-from awq_onnx.search import SLICE, Reader, plain_error, share, slices
+from awq_onnx.search import Reader, plain_error, share, slices
 from awq_onnx.threads import Spread, one_by_one
 
 STRIP = 1024  # columns rounded together: enough to make a step of compensation worth its call, few enough for memory
+PIECE = 1 << 17  # weights worked on at once: with what goes with them they fit into a core's cache
 SHRINKS = (1.0, 0.9, 0.8, 0.7)
 ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
 POLISHES = 2
@@ -146,20 +147,24 @@ def _refit_columns(scaled: Float32, h: Float32, fmt: Format) -> tuple[Grid, Floa
     blocks = codec.to_blocks(scaled, fmt.block_size)
     codes = np.empty_like(blocks)
     scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32)
-    for some in slices(blocks.shape[2], SLICE):
-        codes[:, :, some], grid = refit(np.ascontiguousarray(blocks[:, :, some]), h, fmt)
-        scales[:, some], zero_points[:, some] = grid.scales, grid.zero_points
+    for some in _pieces(blocks):
+        codes[some], grid = refit(blocks[some], h[some], fmt)
+        scales[some], zero_points[some] = grid.scales, grid.zero_points
     return Grid(scales, zero_points, fmt.bits), codes
 
 
 def _plain_error(weight: Float32, fmt: Format) -> Float32:
     """What round-to-nearest without a scale does to a weight: (K, n)."""
-    error = np.empty_like(weight)
-    unscaled = np.ones(len(weight), np.float32)
-    for some in slices(weight.shape[1], SLICE):
-        blocks = codec.to_blocks(np.ascontiguousarray(weight[:, some]), fmt.block_size)
-        error[:, some] = plain_error(blocks, unscaled, fmt, np.empty_like(blocks), np.empty_like(blocks))
-    return error
+    blocks = codec.to_blocks(weight, fmt.block_size)
+    error = np.empty_like(blocks)
+    for some in _pieces(blocks):
+        plain_error(blocks[some], fmt, out=error[some])
+    return codec.from_blocks(error, len(weight))
+
+
+def _pieces(blocks: Float32) -> list[slice]:
+    """Blocks (G, b, n) in pieces that fit into a core's cache."""
+    return slices(len(blocks), max(1, PIECE // (blocks.shape[1] * blocks.shape[2])))
 
 
 def _plainly_rounded(reader: Reader, refitted: Rounded, fmt: Format) -> Rounded:

@@ -32,8 +32,9 @@ from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
 SAMPLED = 256  # columns of a wider weight that every alpha is tried on
+COARSE = 2  # of alphas, one in so many is tried on them
 FINALISTS = 3  # alphas that are then tried on all
-SLICE = 128  # columns worked on at once: they fit into a core's cache
+SLICE = 256  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
@@ -128,43 +129,57 @@ def search_scale(
 
     def losses_at(tried: Sequence[int]) -> NDArray[np.float64]:
         some = [scales[index] for index in tried]
-        parts = [share(r, readers) * _column_losses(r, some, fmt, _all(r.N), spread).sum(axis=1) for r in readers]
-        total: NDArray[np.float64] = np.sum(parts, axis=0)
-        return np.where(np.isfinite(total), total, np.inf)
+        return total([_column_losses(r, some, fmt, _all(r.N), spread).sum(axis=1) for r in readers])
+
+    def total(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        summed: NDArray[np.float64] = np.sum([share(r, readers) * part for r, part in zip(readers, parts, strict=True)], 0)
+        return np.where(np.isfinite(summed), summed, np.inf)
 
     if all(reader.N <= SAMPLED for reader in readers):
         losses = losses_at(range(len(ALPHAS)))
     else:
-        rough = sum(share(r, readers) * _sampled_losses(r, scales, fmt, spread) for r in readers)
-        losses = _descend(np.argsort(rough, kind="stable")[:FINALISTS].tolist(), losses_at)
+        unscaled = [_column_losses(r, scales[:1], fmt, _all(r.N), spread)[0] for r in readers]
+        coarse = range(0, len(ALPHAS), COARSE)
+        rough = total(
+            [
+                _sampled_losses(reader, [scales[index] for index in coarse], fmt, plain, spread)
+                for reader, plain in zip(readers, unscaled, strict=True)
+            ]
+        )
+        losses = np.full(len(ALPHAS), np.inf)
+        losses[0] = total([plain.sum() for plain in unscaled])
+        starts = [coarse[at] for at in np.argsort(rough, kind="stable")[:FINALISTS]]
+        _descend(losses, starts, losses_at)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
 
 
-def _descend(starts: Sequence[int], losses_at: Callable[[Sequence[int]], NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The losses at alpha 0, at `starts`, and from the best of them down to where both neighbours are worse; infinite
-    where not tried.
+def _descend(
+    losses: NDArray[np.float64], starts: Sequence[int], losses_at: Callable[[Sequence[int]], NDArray[np.float64]]
+) -> None:
+    """Fill in the losses at `starts`, and from the best of all down to where both neighbours are worse; where nothing
+    was tried they are infinite.
     """
-    losses = np.full(len(ALPHAS), np.inf)
-    untried = set(range(len(ALPHAS)))
-    fresh = untried.intersection({0, *starts})
+    untried = {index for index, loss in enumerate(losses) if not np.isfinite(loss)}
+    fresh = untried.intersection(starts)
     while fresh:
         untried -= fresh
         losses[sorted(fresh)] = losses_at(sorted(fresh))
         best = int(np.argmin(losses))
         fresh = untried.intersection({best - 1, best + 1})
-    return losses
 
 
-def _sampled_losses(reader: Reader, scales: Sequence[Float32], fmt: Format, spread: Spread) -> NDArray[np.float64]:
+def _sampled_losses(
+    reader: Reader, scales: Sequence[Float32], fmt: Format, unscaled: NDArray[np.float64], spread: Spread
+) -> NDArray[np.float64]:
     """About the loss at each scale: float64 (len(scales),). From the columns that lose most without one, and some more.
 
-    Few columns may carry most of the loss, so that others alone would mislead.
+    unscaled: what each column loses without a scale, (N,). Few may carry most of it, so that others alone would
+    mislead.
     """
     if reader.N <= SAMPLED:
         everywhere: NDArray[np.float64] = _column_losses(reader, scales, fmt, _all(reader.N), spread).sum(axis=1)
         return everywhere
-    unscaled = _column_losses(reader, [np.ones_like(scales[0])], fmt, _all(reader.N), spread)[0]
     order = np.argsort(-unscaled, kind="stable")
     loud, quiet = order[: SAMPLED // 2], order[SAMPLED // 2 :]
     some = quiet[:: -(-quiet.size // (SAMPLED // 2))]  # as loud as all of them
@@ -181,11 +196,17 @@ def _column_losses(
     statistics, fmt = reader.statistics, reader.fmt or fmt
     _ = statistics.principal, reader.emphasis  # once, before threads ask for them
 
+    rows = [_rows(scale, fmt.block_size) for scale in scales]
+
     def work(some: Columns) -> list[Float32]:
         blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
-        errors = (plain_error(blocks, scale, fmt, scaled, error) for scale in scales)
-        return [statistics.column_energy(reader.emphasized(one, some)) for one in errors]
+        energies = []
+        for scale, factors in zip(scales, rows, strict=True):
+            plain_error(np.multiply(blocks, factors, out=scaled), fmt, out=error)
+            counted = reader.emphasized(codec.from_blocks(error, scale.size), some)
+            energies.append(statistics.column_energy(counted, scale))
+        return energies
 
     losses: NDArray[np.float64] = np.concatenate(list(spread(work, columns)), axis=1, dtype=np.float64)
     return losses
@@ -228,21 +249,16 @@ def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Flo
     return scale.astype(np.float32)
 
 
-def plain_error(blocks: Float32, scale: Float32, fmt: Format, scaled: Float32, error: Float32) -> Float32:
-    """E = Q(s W) / s - W of W on the min-max grid of s W: (K, n).
-
-    `scaled` and `error` are overwritten, (G, b, n) like `blocks`.
-    """
-    scale_rows(blocks, scale, scaled)
-    grid = codec.minmax_grid(scaled, fmt)
-    codec.centred_codes(scaled, grid, out=error)
-    codec.dequantize(error, grid, out=error)
-    error -= scaled
-    return codec.from_blocks(scale_rows(error, np.reciprocal(scale), error), scale.size)
+def plain_error(blocks: Float32, fmt: Format, out: Float32) -> Float32:
+    """E = Q(W) - W of blocks on their min-max grid; all (G, b, n)."""
+    grid = codec.minmax_grid(blocks, fmt)
+    codec.centred_codes(blocks, grid, out=out)
+    codec.dequantize(out, grid, out=out)
+    out -= blocks
+    return out
 
 
-def scale_rows(blocks: Float32, scale: Float32, out: Float32) -> Float32:
-    """Multiply row k by scale[k], padding rows by 1: blocks and out (G, b, n), scale (K,)."""
-    padded = np.pad(scale, (0, blocks.shape[0] * blocks.shape[1] - scale.size), constant_values=1)
-    scaled: Float32 = np.multiply(blocks, padded.reshape(*blocks.shape[:2], 1), out=out)
-    return scaled
+def _rows(scale: Float32, block_size: int) -> Float32:
+    """A factor of each row of blocks, 1 of the padding: float32 (G, b, 1)."""
+    padded = np.pad(scale, (0, -scale.size % block_size), constant_values=1)
+    return padded.reshape(-1, block_size, 1)

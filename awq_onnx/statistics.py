@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx.codec import Float32
-from awq_onnx.symmetric import add_gram, mirror, quadratic
+from awq_onnx.symmetric import add_gram, mirror, quadratic, runs
 
 IntArray = NDArray[np.int64]
 
@@ -43,14 +43,18 @@ class InputStatistics:
         rest: Float32 = np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), np.float32(0))
         return rest
 
-    def moment_without(self, unseen: Float32 | None, rows: IntArray, columns: IntArray) -> Float32:
-        """The rows and columns of H asked for, of all of X but the rows `unseen` (R, K)."""
-        part: Float32 = self.second_moment[rows[:, None], columns]
-        if unseen is not None:
-            part *= np.float32(self.tokens)
-            part -= unseen[:, rows].T @ unseen[:, columns]
-            part /= np.float32(max(self.tokens - len(unseen), 1))
-        return part
+    def moments_without(self, unseen: Float32 | None, order: IntArray, height: int) -> Iterator[tuple[slice, Float32]]:
+        """H on and above its diagonal, channels in that order, of all of X but the rows `unseen` (R, K): some rows, at
+        most `height`, after the other, from the diagonal block on.
+        """
+        left_out = None if unseen is None else np.take(unseen, order, axis=1)
+        for start, stop in runs(len(order), height):
+            part: Float32 = np.take(self.second_moment[order[start:stop]], order[start:], axis=1)
+            if left_out is not None:
+                part *= np.float32(self.tokens)
+                part -= left_out[:, start:stop].T @ left_out[:, start:]
+                part /= np.float32(max(self.tokens - len(left_out), 1))
+            yield slice(start, stop), part
 
     def diagonal_without(self, unseen: Float32 | None) -> Float32:
         """The diagonal of H, of all of X but the rows `unseen`; 0 for channels that carry little but there."""
@@ -68,12 +72,15 @@ class InputStatistics:
         """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
         return quadratic(self.second_moment, error)
 
-    def column_energy(self, weight: Float32) -> Float32:
-        """About w' H w for every column w of a weight or an error (K, N): float32 (N,). O(8 K N) instead of O(K^2 N),
-        with diag(rest) + U U' in the place of H.
+    def column_energy(self, weight: Float32, scale: Float32 | None = None) -> Float32:
+        """About w' H w for every column w of a weight or an error (K, N), or of one times `scale` (K,): float32 (N,).
+        O(8 K N) instead of O(K^2 N), with diag(rest) + U U' in the place of H.
         """
-        spread: Float32 = self.rest @ np.square(weight) + np.square(self.principal.T @ weight).sum(axis=0)
-        return spread
+        rest, principal = self.rest, self.principal
+        if scale is not None:
+            rest, principal = rest / np.square(scale), principal / scale[:, None]
+        energy: Float32 = rest @ np.square(weight) + np.square(principal.T @ weight).sum(axis=0)
+        return energy
 
     @classmethod
     def flat(cls, K: int) -> InputStatistics:

@@ -13,13 +13,17 @@ import numpy as np
 from awq_onnx.codec import Float32
 
 COLUMNS = 192  # of a product: what of it is symmetric is left out, block by block
+GRAM_COLUMNS = 384  # the same of x'x
 PANEL = 64  # columns of a factor that are made together
 
 
 def add_gram(total: Float32, x: Float32) -> None:
     """Add x'x, x (T, K), to the upper triangle of `total` (K, K); `mirror` completes it."""
-    for start, stop in runs(len(total), COLUMNS):
-        total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
+    for start, stop in runs(len(total), GRAM_COLUMNS):
+        own = x[:, start:stop]
+        total[start:stop, start:stop] += own.T @ own  # which BLAS knows to be symmetric
+        if start:
+            total[:start, start:stop] += x[:, :start].T @ own
 
 
 def mirror(upper: Float32) -> None:

@@ -71,14 +71,15 @@ class Workers:
 
     def __enter__(self) -> Workers:
         self._limit = _blas().limit(limits=1)
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._jobs, self._pieces = ThreadPoolExecutor(self._threads), ThreadPoolExecutor(self._threads)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            for pool in (self._jobs, self._pieces):
+                pool.shutdown(wait=True, cancel_futures=True)
         finally:
             self._limit.restore_original_limits()
 
@@ -100,7 +101,7 @@ class Workers:
         """
         if not large and 2 * size_bytes <= self._budget_bytes:
             self.make_room(size_bytes)
-            future = self._pool.submit(job, one_by_one)
+            future = self._jobs.submit(job, one_by_one)
             self._running[future] = size_bytes
             return future
         self.make_room(self._budget_bytes)
@@ -116,10 +117,14 @@ class Workers:
     def spread(
         self, work: Callable[[Item], Result], items: Iterable[Item], at_once: int | None = None
     ) -> Iterator[Result]:
-        """`work` of every item side by side, in order."""
+        """`work` of every item side by side, results in order; beside the jobs, behind none of them.
+
+        at_once: how many items, where that is fewer than threads.
+        """
+        few = at_once is not None and at_once < self._threads
         with _blas().limit(limits=1):
-            for some in batched(items, at_once or self._threads):
-                yield from self._pool.map(work, some)
+            for some in batched(items, at_once) if few and at_once else [items]:
+                yield from self._pieces.map(work, some)
 
     def _forget_done(self) -> None:
         """Their results are somebody else's to keep."""

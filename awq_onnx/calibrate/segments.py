@@ -210,7 +210,7 @@ class Segments:
         def add(name: str) -> None:
             sums[name].update(_rows(alive[name], alive), validation_rows)
 
-        for _ in self._spread(add, sums):
+        for _ in self._spread(add, sorted(sums, key=lambda name: -alive[name].shape[-1])):  # the longest work first
             pass
 
 
