@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from awq_onnx._version import __version__
 from awq_onnx.errors import AwqOnnxError, InternalError, RecipeError
-from awq_onnx.machine import Machine, size_bytes
+from awq_onnx.machine import CPU, DEVICES, Machine, size_bytes
 from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, LM_HEADS, Recipe, help_of
 
 if TYPE_CHECKING:
@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
 
     machine = parser.add_argument_group("machine", "the budget changes no bit of the result, threads hardly ever")
+    machine.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=CPU,
+        help="what computes; cuda wants onnxruntime-gpu and cupy (default: cpu)",
+    )
     machine.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     machine.add_argument(
         "--memory-budget",
@@ -186,7 +192,7 @@ def _output(arguments: argparse.Namespace) -> Path:
 
 def _machine(arguments: argparse.Namespace) -> Machine:
     try:
-        return Machine(threads=arguments.threads, memory_budget=arguments.memory_budget)
+        return Machine(device=arguments.device, threads=arguments.threads, memory_budget=arguments.memory_budget)
     except RecipeError as error:
         raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
 

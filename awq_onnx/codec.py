@@ -17,7 +17,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import DTypeLike, NDArray
+
+from awq_onnx.arrays import beside, in_memory
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -49,7 +52,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero point of every block: float32 (G, N) each.
+    """Scale and zero point of every block: float32 (G, N) each, where the weight is.
 
     `scales` hold values that `Format.scale_dtype` represents exactly (see `round_scales`) and are never 0;
     `zero_points` hold integers 0 .. 2^bits - 1.
@@ -65,7 +68,7 @@ def to_blocks(weight: Float32, block_size: int) -> Float32:
     K, N = weight.shape
     missing = -K % block_size
     if missing:
-        weight = np.concatenate([weight, np.zeros((missing, N), np.float32)])
+        weight = np.concatenate([weight, np.zeros((missing, N), np.float32, like=weight)])
     return weight.reshape(-1, block_size, N)  # (G, b, N)
 
 
@@ -81,7 +84,10 @@ def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
     """
     largest = _largest(np.dtype(dtype))
     rounded = np.minimum(np.maximum(scales, -largest), largest)
-    rounded = rounded.astype(dtype, copy=False).astype(np.float32, copy=False)
+    if np.dtype(dtype) == bfloat16:  # which a GPU's arrays do not have
+        rounded = beside(in_memory(rounded).astype(dtype).astype(np.float32), rounded)
+    else:
+        rounded = rounded.astype(dtype, copy=False).astype(np.float32, copy=False)
     smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
     return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
 
@@ -132,7 +138,7 @@ def pack(centred: Float32, grid: Grid) -> UInt8:
     codes = (centred + grid.zero_points[:, None, :]).astype(np.uint8)  # (G, b, N)
     if grid.bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))  # (G, b/2, N)
-    return np.ascontiguousarray(codes.transpose(2, 0, 1))  # (N, G, b * bits / 8)
+    return np.ascontiguousarray(in_memory(codes).transpose(2, 0, 1))  # (N, G, b * bits / 8)
 
 
 def unpack(packed: UInt8, bits: int = 4) -> UInt8:

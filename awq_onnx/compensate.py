@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import codec
+from awq_onnx.arrays import beside
 from awq_onnx.codec import Float32, Grid
 from awq_onnx.statistics import InputStatistics
 from awq_onnx.symmetric import cholesky, runs, solve
@@ -36,8 +37,8 @@ ROWS, FEW_ROWS = 128, 16  # channels rounded between two products of matrices, l
 class Compensation:
     """How errors pass from channel to channel.
 
-    order: int64 (K,), the channels; the last is rounded first. feedback: float32 (K, K), of which what is below the
-    diagonal counts: row j, column i is L_ji / L_ii in that order.
+    order: int64 (K,), the channels, in memory; the last is rounded first. feedback: float32 (K, K), of which what is
+    below the diagonal counts: row j, column i is L_ji / L_ii in that order.
     """
 
     order: NDArray[np.int64]
@@ -52,10 +53,9 @@ def find(statistics: InputStatistics, scale: Float32, *, random: bool = False) -
     if statistics.validation is None or not 0 < len(statistics.validation) < statistics.tokens:
         return None
     training = _Ordered.of(statistics, scale, unseen=statistics.validation)
-    rows = np.take(statistics.validation / scale, training.order, axis=1)
-    if not (rows.any() and training.roots.any()):
+    if not (statistics.validation.any() and training.roots.any()):
         return None
-    rows /= training.roots
+    rows = training.rows(statistics.validation, scale)
     shrink, gain = _least(
         [one for one in SHRINKS if one >= LEAST_FOR_NOISE or not random], lambda shrink: training.gain(shrink, rows)
     )
@@ -104,14 +104,21 @@ class _Ordered:
         roots = np.sqrt(np.where(live, diagonal, diagonal.mean()))[order].astype(np.float32)
         inverse = np.sqrt(np.divide(1, own, where=live, out=np.zeros(own.size)))[order].astype(np.float32)
         matrix = np.empty_like(statistics.second_moment) if memory is None else memory
+        roots, inverse = beside(roots, matrix), beside(inverse, matrix)
         for some, part in statistics.moments_without(unseen, order, ROWS):
             part *= inverse[some, None]
             part *= inverse[some.start :]
             matrix[some, some.start :] = part
         return cls(order, roots, matrix)
 
+    def rows(self, x: Float32, scale: Float32) -> Float32:
+        """Rows of x / s in this order, over the roots: float32 (R, K)."""
+        ordered: Float32 = np.take(x, beside(self.order, x), axis=1)
+        ordered /= beside(scale[self.order], x) * self.roots
+        return ordered
+
     def gain(self, shrink: float, rows: Float32) -> float:
-        """|X (I + F')^-1|^2 over |X|^2: what compensating does to white noise. rows: X over the roots, in order, (R, K).
+        """|X (I + F')^-1|^2 over |X|^2: what compensating does to white noise. rows: see `rows`.
 
         With X = Z L' diag(roots), X (I + F')^-1 is Z times the roots and the diagonal of L.
         """
@@ -140,11 +147,11 @@ def round_weight(scaled: Float32, grid: Grid, block_size: int, compensation: Com
     blocks = order // block_size
     steps = np.reciprocal(grid.scales)
     lowest, highest = -grid.zero_points, codec.max_code(grid.bits) - grid.zero_points
-    wanted = scaled[order]  # (K, n)
+    wanted = scaled[beside(order, scaled)]  # (K, n)
     errors = np.empty_like(wanted)
-    codes = np.zeros((grid.scales.shape[0] * block_size, n), np.float32)
-    targets = np.empty((ROWS, n), np.float32)
-    scratch = np.empty((FEW_ROWS, n), np.float32)
+    codes = np.zeros((grid.scales.shape[0] * block_size, n), np.float32, like=scaled)
+    targets = np.empty((ROWS, n), np.float32, like=scaled)
+    scratch = np.empty((FEW_ROWS, n), np.float32, like=scaled)
 
     def carry_over(start: int, stop: int, after: int) -> None:
         """Take the errors of channels from `stop` to before `after` off the targets of those before `stop`."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from awq_onnx import codec, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.errors import WeightError
 from awq_onnx.journal import Entry
 from awq_onnx.output import OutputFiles
@@ -126,15 +127,17 @@ def search_group(
     *,
     random: bool = False,
     spread: Spread = one_by_one,
+    device: Device = PROCESSOR,
 ) -> Found:
     """Search the scale of one group and round its weights; nothing is written.
 
     channels: the absorber's channel behind each channel of the inputs; None or a Refusal where nothing absorbs.
     statistics: of the inputs that calibration has run, by name. random: on noise. spread: a map for pieces of work.
+    device: where the statistics are.
     """
     seen = {name: one for name, one in statistics.items() if one.tokens}
     layers = _layers(group.sites)
-    pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(group.K)
+    pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(group.K, device)
     formats = [_format(sites, recipe) for sites in layers]
     readers = [
         _reader(sites[0], _statistics_of(sites, seen, pooled), fmt, opened)

@@ -11,6 +11,8 @@ import psutil
 
 from awq_onnx.errors import RecipeError
 
+CPU, CUDA = "cpu", "cuda"
+DEVICES = (CPU, CUDA)
 SHARE = 4  # one part in so many of the memory that is free
 LEAST_BYTES, MOST_BYTES = 256 << 20, 1 << 30  # more brings nothing
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -18,15 +20,19 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """threads: computing at the same time; None: a thread for each core that the process may use. memory_budget: bytes
-    to work with, beside what the program itself takes; one layer's statistics and search take what they take. None: a
-    quarter of what is free, at most 1 GiB.
+    """device: what computes, "cpu" or "cuda" (which wants onnxruntime-gpu and cupy). threads: computing at the same
+    time; None: a thread for each core that the process may use. memory_budget: bytes to work with, beside what the
+    program itself takes; one layer's statistics and search take what they take. None: a quarter of what is free, at
+    most 1 GiB.
     """
 
+    device: str = CPU
     threads: int | None = None
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise RecipeError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}")
         for name in ("threads", "memory_budget"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

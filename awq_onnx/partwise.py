@@ -19,6 +19,7 @@ from awq_onnx import groups
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Saved, Segments, Statistics
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.groups import Found, GroupResult
 from awq_onnx.output import OutputFiles
 from awq_onnx.passes import rewrite
@@ -39,7 +40,7 @@ LARGE = 4096  # channels of an input whose matrices are worth all threads of BLA
 @dataclass(frozen=True)
 class Partwise:
     """opened: the model whose weights are quantised. straight: the model to run. plan: its groups, in the order of the
-    results. maps: as from `channels.trace`.
+    results. maps: as from `channels.trace`. device: what runs the parts and searches.
     """
 
     opened: OpenedModel
@@ -49,6 +50,7 @@ class Partwise:
     recipe: Recipe
     files: OutputFiles
     budget_bytes: int
+    device: Device = PROCESSOR
     _searched: deque[tuple[Group, Future[Found]]] = field(default_factory=deque)
 
     def run(
@@ -76,6 +78,7 @@ class Partwise:
                 finished=finished,
                 saved=self._saved(len(data.feeds) + len(data.held_out)),
                 spread=workers.spread,
+                device=self.device,
             )
             last_saved = time.monotonic()
             for known in run.run(make_room=workers.make_room, advance=lambda part: advance(FORWARD * part)):
@@ -91,10 +94,12 @@ class Partwise:
         return [self._result(group, entry, names) for group, entry in entries.items()], run.measured
 
     def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool) -> None:
-        channels, recipe, opened = self.maps.get(group), self.recipe, self.opened
+        channels, recipe, opened, device = self.maps.get(group), self.recipe, self.opened, self.device
 
         def job(spread: Spread) -> Found:
-            return groups.search_group(group, channels, statistics, recipe, opened, random=random, spread=spread)
+            return groups.search_group(
+                group, channels, statistics, recipe, opened, random=random, spread=spread, device=device
+            )
 
         size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)
         self._searched.append((group, workers.submit(size_bytes, job, piece_bytes=piece_bytes, large=group.K > LARGE)))

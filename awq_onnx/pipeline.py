@@ -22,6 +22,7 @@ from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
 from awq_onnx.comparison import compare_outputs, compared_outputs
+from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import Machine
@@ -71,10 +72,10 @@ def quantize(
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     machine = machine or Machine()
-    budget_bytes = machine.budget_bytes
+    device, budget_bytes = device_of(machine.device), machine.budget_bytes
     with Meter() as meter, threads.limited(machine.threads), open_model(model) as opened:
         wanted = signature(opened.model.graph)
-        key = resume.key(opened, wanted, recipe, calibration, tokenizer)
+        key = resume.key(opened, wanted, recipe, calibration, tokenizer, machine.device)
         with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
@@ -82,9 +83,11 @@ def quantize(
             if not files.done:
                 groups.check_weights(plan.survey.sites, opened)
             with meter.stage("calibration data"):
-                calibration_data = _calibration_data(files, opened, wanted, recipe, calibration, tokenizer, progress)
+                calibration_data = _calibration_data(
+                    files, opened, wanted, recipe, calibration, tokenizer, progress, device
+                )
             with meter.stage("calibrate and search"):
-                parts = _parts(plan, opened, calibration_data, recipe, files, budget_bytes, progress)
+                parts = _parts(plan, opened, calibration_data, recipe, files, budget_bytes, progress, device)
                 progress.stage("Calibrating and searching")
                 results, expected = parts.run(calibration_data, outputs, progress.advance)
             with meter.stage("write"):
@@ -93,7 +96,7 @@ def quantize(
                 finished = files.write(opened.model)
             with meter.stage("measure"):
                 progress.stage("Measuring the result")
-                session = _session_of(finished, budget_bytes)
+                session = _session_of(finished, budget_bytes, device)
                 comparison = compare_outputs(
                     outputs, expected, session, calibration_data.held_out, wanted, progress.advance
                 )
@@ -180,13 +183,14 @@ def _calibration_data(
     calibration: Calibration,
     tokenizer: str | os.PathLike[str] | None,
     progress: Progress,
+    device: Device,
 ) -> CalibrationData:
     """What an interrupted run had, or new data."""
     if CALIBRATION in files.done:
         finished = sum(name.startswith(partwise.GROUP) for name in files.done)
         progress.note(f"Going on from an interrupted run, which had finished {finished} groups of layers.")
         return CalibrationData.kept(files.done[CALIBRATION], files.work)
-    loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress)
+    loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress, device)
     files.record(CALIBRATION, loaded.keep(files))
     return loaded
 
@@ -199,13 +203,14 @@ def _parts(
     files: OutputFiles,
     budget_bytes: int,
     progress: Progress,
+    device: Device,
 ) -> Partwise:
     """What is known before any part runs: the branches that the data take, and where channels go."""
     runtime.give_back_memory()
     progress.stage("Tracing channels")
     straight = straighten(opened, plan.survey, calibration_data.feeds[0])
     maps = trace_channels(plan, straight, calibration_data)
-    return Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes)
+    return Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes, device)
 
 
 def trace_channels(
@@ -320,13 +325,13 @@ def _estimated_bytes(opened: OpenedModel, plan: Plan, recipe: Recipe) -> int:
     return max(opened.size_bytes - before, 0) + packed + blocks * SCALE_BYTES
 
 
-def _session_of(finished: Path, budget_bytes: int) -> Any:
+def _session_of(finished: Path, budget_bytes: int, device: Device) -> Any:
     """onnxruntime runs the result before it is published: as an application would where memory allows that."""
     runtime.give_back_memory()
     size_bytes = sum(path.stat().st_size for path in (finished, finished.with_name(f"{finished.name}.data")))
     if COPIES * size_bytes <= budget_bytes:
-        return runtime.client_session(finished)
-    return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False)
+        return runtime.client_session(finished, device.providers)
+    return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False, providers=device.providers)
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -18,6 +18,7 @@ from awq_onnx import runtime
 from awq_onnx._version import __version__
 from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Signature
+from awq_onnx.machine import CPU
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel, fingerprint
 
@@ -31,6 +32,7 @@ def key(
     recipe: Recipe,
     calibration: Calibration,
     tokenizer: str | os.PathLike[str] | None,
+    device: str = CPU,
 ) -> str | None:
     """A text that is the same only where all of this and what it depends on are; None for a model in memory."""
     if opened.path is None:
@@ -40,7 +42,7 @@ def key(
         read |= {Path(tokenizer), Path(tokenizer) / "tokenizer.json"}
     if isinstance(calibration, str | os.PathLike):
         read.add(Path(calibration))
-    parts = [__version__, *_versions(), recipe.to_dict(), str(tokenizer), _content(calibration)]
+    parts = [__version__, *_versions(), recipe.to_dict(), device, str(tokenizer), _content(calibration)]
     return hashlib.blake2b(json.dumps([parts, sorted(_fingerprints(read))]).encode(), digest_size=16).hexdigest()
 
 

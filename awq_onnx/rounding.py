@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from awq_onnx import codec, compensate
+from awq_onnx.arrays import beside, in_memory
 from awq_onnx.codec import Float32, Format, Grid, UInt8
 from awq_onnx.compensate import Compensation
 from awq_onnx.search import Reader, plain_error, share, slices
@@ -35,7 +36,7 @@ FLATTENING, FLATTENING_COMPENSATED = 0.3, 1.0
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight on its grid.
+    """A weight on its grid, in memory.
 
     codes: packed, uint8 (N, G, b * bits / 8), see `codec.pack`. grid: scales and zero points.
     loss: tr(E' H E) of what ships. plain_loss: the same of round-to-nearest without a scale.
@@ -47,6 +48,14 @@ class Rounded:
     loss: float
     plain_loss: float
     energy: float
+
+    @classmethod
+    def of(
+        cls, centred: Float32, grid: Grid, loss: float = 0.0, plain_loss: float = 0.0, energy: float = 0.0
+    ) -> Rounded:
+        """Codes less their zero points (G, b, N), and a grid, wherever they are."""
+        here = Grid(in_memory(grid.scales), in_memory(grid.zero_points), grid.bits)
+        return cls(codec.pack(centred, grid), here, loss, plain_loss, energy)
 
     @classmethod
     def joined(cls, strips: Sequence[Rounded]) -> Rounded:
@@ -121,16 +130,17 @@ def _round_strip(
     weight, statistics = reader.columns(strip), reader.statistics
     energy = statistics.loss(reader.emphasized(weight.copy(), strip) if reader.emphasis is not None else weight)
     plain_loss = statistics.loss(reader.emphasized(_plain_error(weight, fmt), strip))
-    scaled = weight * scale[:, None]
+    factors = beside(scale[:, None], weight)
+    scaled = weight * factors
     del weight
     grid, codes = _refit_columns(scaled, _costs(statistics.diagonal, scale, fmt, compensation), fmt)
     if compensation is not None:
         del codes
         codes = compensate.round_weight(scaled, grid, fmt.block_size, compensation)
     error = np.subtract(codec.from_blocks(codec.dequantize(codes, grid), len(scale)), scaled, out=scaled)
-    error /= scale[:, None]
+    error /= factors
     loss = statistics.loss(reader.emphasized(error, strip))
-    return Rounded(codec.pack(codes, grid), grid, loss, plain_loss, energy)
+    return Rounded.of(codes, grid, loss, plain_loss, energy)
 
 
 def _costs(diagonal: Float32, scale: Float32, fmt: Format, compensation: Compensation | None) -> Float32:
@@ -144,9 +154,9 @@ def _costs(diagonal: Float32, scale: Float32, fmt: Format, compensation: Compens
 
 def _refit_columns(scaled: Float32, h: Float32, fmt: Format) -> tuple[Grid, Float32]:
     """The grid of s W (K, n), and the codes of plain rounding on it, less their zero points: float32 (G, b, n)."""
-    blocks = codec.to_blocks(scaled, fmt.block_size)
+    blocks, h = codec.to_blocks(scaled, fmt.block_size), beside(h, scaled)
     codes = np.empty_like(blocks)
-    scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32)
+    scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32, like=blocks)
     for some in _pieces(blocks):
         codes[some], grid = refit(blocks[some], h[some], fmt)
         scales[some], zero_points[some] = grid.scales, grid.zero_points
@@ -171,7 +181,7 @@ def _plainly_rounded(reader: Reader, refitted: Rounded, fmt: Format) -> Rounded:
     def work(strip: slice) -> Rounded:
         blocks = codec.to_blocks(reader.columns(strip), fmt.block_size)
         grid = codec.minmax_grid(blocks, fmt)
-        return Rounded(codec.pack(codec.centred_codes(blocks, grid), grid), grid, 0, 0, 0)
+        return Rounded.of(codec.centred_codes(blocks, grid), grid)
 
     plain = Rounded.joined([work(strip) for strip in slices(reader.N, STRIP)])
     return replace(refitted, codes=plain.codes, grid=plain.grid, loss=refitted.plain_loss)
@@ -188,7 +198,7 @@ def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
     weighted = h * blocks  # (G, b, n)
     codes, scratch = np.empty_like(blocks), np.empty_like(blocks)
     best = replace(start, scales=start.scales.copy(), zero_points=start.zero_points.copy())
-    best_gain = np.full(start.scales.shape, -np.inf, np.float32)  # (G, n)
+    best_gain = np.full_like(start.scales, -np.inf)  # (G, n)
     for offset in (0,) if fmt.symmetric else ZERO_POINT_OFFSETS:
         zero_points = np.clip(start.zero_points + offset, 0, codec.max_code(fmt.bits))
         for shrink in SHRINKS:
@@ -217,6 +227,6 @@ def _moments(centred: Float32, weighted: Float32, h: Float32, scratch: Float32) 
 
 def _fitted_scales(along: Float32, power: Float32, fallback: Float32, fmt: Format) -> Float32:
     """argmin over a of sum h (w - a t)^2 = sum h t w / sum h t^2 per block; `fallback` where that is undefined."""
-    fitted = np.divide(along, power, out=fallback.copy(), where=power > 0)
+    fitted = np.where(power > 0, along / np.where(power > 0, power, np.float32(1)), fallback)
     fitted = codec.round_scales(fitted, fmt.scale_dtype)
     return np.where(np.isfinite(fitted) & (fitted * fallback > 0), fitted, fallback)

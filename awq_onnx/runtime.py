@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -15,6 +16,11 @@ from awq_onnx.errors import MissingPackageError, RuntimeFailedError
 from awq_onnx.threads import limit
 from awq_onnx.widen import BFLOAT16, HALF, float32_twin
 
+Providers: TypeAlias = "Sequence[tuple[str, Mapping[str, str]]]"  # names and options, best first
+
+CPU_PROVIDERS: Providers = (("CPUExecutionProvider", {}),)
+EXACT = {"use_tf32": "0"}  # TF32 would round factors to 10 bits
+CUDA_PROVIDERS: Providers = (("CUDAExecutionProvider", EXACT), *CPU_PROVIDERS)
 LARGEST_GRAPH_BYTES = 64 << 20  # files above hold weights: no bfloat16 model of ours is one
 
 
@@ -36,9 +42,16 @@ def onnxruntime() -> ModuleType:
 
 
 def session(
-    model: bytes, folder: Path, *, fuse: bool = True, half: bool = True, spin: bool = True, reuse: bool = True
+    model: bytes,
+    folder: Path,
+    *,
+    fuse: bool = True,
+    half: bool = True,
+    spin: bool = True,
+    reuse: bool = True,
+    providers: Providers = CPU_PROVIDERS,
 ) -> Any:
-    """An InferenceSession on the CPU that leaves the weights where they are, memory-mapped.
+    """An InferenceSession that leaves the weights where they are, memory-mapped; a GPU copies them.
 
     model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
     onnxruntime may merge nodes, which changes the last bits of what they compute, and copy constants for that. half:
@@ -53,10 +66,10 @@ def session(
     options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return _create(float32_twin(model, BFLOAT16 if half else HALF), options)
+    return _create(float32_twin(model, BFLOAT16 if half else HALF), options, providers)
 
 
-def client_session(model: Path) -> Any:
+def client_session(model: Path, providers: Providers = CPU_PROVIDERS) -> Any:
     """An InferenceSession as an application would make it, with no time spent on planning memory. For a bfloat16 model,
     which the CPU cannot run, that of its float32 twin.
     """
@@ -64,10 +77,10 @@ def client_session(model: Path) -> Any:
         graph = model.read_bytes()
         twin = float32_twin(graph)
         if twin is not graph:
-            return session(twin, model.resolve().parent)
+            return session(twin, model.resolve().parent, providers=providers)
     options = _options()
     options.enable_mem_reuse = False
-    return _create(model, options)
+    return _create(model, options, providers)
 
 
 def run(running: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
@@ -105,10 +118,15 @@ def _options() -> Any:
     return options
 
 
-def _create(model: bytes | Path, options: Any) -> Any:
+def _create(model: bytes | Path, options: Any, providers: Providers) -> Any:
+    source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime().InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-        )
+        created = onnxruntime().InferenceSession(source, options, providers=list(providers))
     except Exception as error:
         raise RuntimeFailedError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+    wanted = providers[0][0]
+    if wanted not in created.get_providers():  # it goes on without one that cannot start
+        raise RuntimeFailedError(
+            f"onnxruntime could not start its {wanted}; a library of CUDA is missing, or does not fit"
+        )
+    return created

@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import codec
+from awq_onnx.arrays import beside, in_memory
 from awq_onnx.codec import Float32, Format
 from awq_onnx.statistics import InputStatistics, IntArray, mean_of
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
 SAMPLED = 256  # columns of a wider weight that every alpha is tried on
-COARSE = 2  # of alphas, one in so many is tried on them
 FINALISTS = 3  # alphas that are then tried on all
 SLICE = 256  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
@@ -62,8 +62,8 @@ class Reader:
         return int(self.weight.shape[1])
 
     def columns(self, columns: Columns = slice(None)) -> Float32:
-        """Some columns of the weight: float32 (K, n), contiguous."""
-        read = np.ascontiguousarray(self.weight[:, columns], dtype=np.float32)
+        """Some columns of the weight: float32 (K, n), contiguous, beside the statistics."""
+        read = beside(np.ascontiguousarray(self.weight[:, columns], dtype=np.float32), self.statistics.second_moment)
         return read if self.factor == 1 else read * np.float32(self.factor)
 
     @cached_property
@@ -71,7 +71,7 @@ class Reader:
         """The root of mean energy / energy of its head, for each column: float32 (N,)."""
         if self.head_size is None:
             return None
-        energies = [self.statistics.column_energy(self.columns(some)) for some in slices(self.N, SLICE)]
+        energies = [in_memory(self.statistics.column_energy(self.columns(some))) for some in slices(self.N, SLICE)]
         heads = np.concatenate(energies).reshape(-1, self.head_size).mean(axis=1)
         live = heads > heads.mean() * QUIETEST_HEAD
         factors = np.sqrt(np.divide(heads.mean(), heads, out=np.ones_like(heads), where=live))
@@ -81,7 +81,7 @@ class Reader:
     def emphasized(self, error: Float32, columns: Columns = slice(None)) -> Float32:
         """An error (K, n) of these columns, each as much as it counts; in place."""
         if self.emphasis is not None:
-            error *= self.emphasis[columns]
+            error *= beside(self.emphasis[columns], error)
         return error
 
 
@@ -132,24 +132,18 @@ def search_scale(
         return total([_column_losses(r, some, fmt, _all(r.N), spread).sum(axis=1) for r in readers])
 
     def total(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        summed: NDArray[np.float64] = np.sum([share(r, readers) * part for r, part in zip(readers, parts, strict=True)], 0)
+        """Of what each reader loses."""
+        summed = np.sum([share(r, readers) * part for r, part in zip(readers, parts, strict=True)], axis=0)
         return np.where(np.isfinite(summed), summed, np.inf)
 
     if all(reader.N <= SAMPLED for reader in readers):
         losses = losses_at(range(len(ALPHAS)))
     else:
         unscaled = [_column_losses(r, scales[:1], fmt, _all(r.N), spread)[0] for r in readers]
-        coarse = range(0, len(ALPHAS), COARSE)
-        rough = total(
-            [
-                _sampled_losses(reader, [scales[index] for index in coarse], fmt, plain, spread)
-                for reader, plain in zip(readers, unscaled, strict=True)
-            ]
-        )
+        rough = total([_sampled_losses(*one, scales, fmt, spread) for one in zip(readers, unscaled, strict=True)])
         losses = np.full(len(ALPHAS), np.inf)
         losses[0] = total([plain.sum() for plain in unscaled])
-        starts = [coarse[at] for at in np.argsort(rough, kind="stable")[:FINALISTS]]
-        _descend(losses, starts, losses_at)
+        _descend(losses, np.argsort(rough, kind="stable")[:FINALISTS].tolist(), losses_at)
     best = int(np.argmin(losses))
     return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
 
@@ -161,16 +155,20 @@ def _descend(
     was tried they are infinite.
     """
     untried = {index for index, loss in enumerate(losses) if not np.isfinite(loss)}
-    fresh = untried.intersection(starts)
+
+    def neighbours() -> set[int]:
+        best = int(np.argmin(losses))
+        return untried.intersection({best - 1, best + 1})
+
+    fresh = untried.intersection(starts) or neighbours()
     while fresh:
         untried -= fresh
         losses[sorted(fresh)] = losses_at(sorted(fresh))
-        best = int(np.argmin(losses))
-        fresh = untried.intersection({best - 1, best + 1})
+        fresh = neighbours()
 
 
 def _sampled_losses(
-    reader: Reader, scales: Sequence[Float32], fmt: Format, unscaled: NDArray[np.float64], spread: Spread
+    reader: Reader, unscaled: NDArray[np.float64], scales: Sequence[Float32], fmt: Format, spread: Spread
 ) -> NDArray[np.float64]:
     """About the loss at each scale: float64 (len(scales),). From the columns that lose most without one, and some more.
 
@@ -196,9 +194,9 @@ def _column_losses(
     statistics, fmt = reader.statistics, reader.fmt or fmt
     _ = statistics.principal, reader.emphasis  # once, before threads ask for them
 
-    rows = [_rows(scale, fmt.block_size) for scale in scales]
+    rows = [beside(_rows(scale, fmt.block_size), statistics.second_moment) for scale in scales]
 
-    def work(some: Columns) -> list[Float32]:
+    def work(some: Columns) -> Float32:
         blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
         energies = []
@@ -206,7 +204,7 @@ def _column_losses(
             plain_error(np.multiply(blocks, factors, out=scaled), fmt, out=error)
             counted = reader.emphasized(codec.from_blocks(error, scale.size), some)
             energies.append(statistics.column_energy(counted, scale))
-        return energies
+        return in_memory(np.stack(energies))
 
     losses: NDArray[np.float64] = np.concatenate(list(spread(work, columns)), axis=1, dtype=np.float64)
     return losses

@@ -9,7 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from awq_onnx.arrays import beside, in_memory
 from awq_onnx.codec import Float32
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.symmetric import add_gram, mirror, quadratic, runs
 
 IntArray = NDArray[np.int64]
@@ -24,6 +26,7 @@ class InputStatistics:
 
     second_moment: H = X'X / T, float32 (K, K). act_mean: mean|x|, act_max: max|x|, float32 (K,). tokens: T.
     validation: some rows of X, float32 (R, K), of sequences that have no other row in X; None where there are none.
+    Matrices are where the device is, vectors in memory.
     """
 
     second_moment: Float32
@@ -40,16 +43,17 @@ class InputStatistics:
     @cached_property
     def rest(self) -> Float32:
         """The diagonal of H less that of U U': float32 (K,), not negative."""
-        rest: Float32 = np.maximum(self.diagonal - np.square(self.principal).sum(axis=1), np.float32(0))
-        return rest
+        rest: Float32 = np.diagonal(self.second_moment) - np.square(self.principal).sum(axis=1)
+        return np.maximum(rest, np.float32(0))
 
     def moments_without(self, unseen: Float32 | None, order: IntArray, height: int) -> Iterator[tuple[slice, Float32]]:
         """H on and above its diagonal, channels in that order, of all of X but the rows `unseen` (R, K): some rows, at
         most `height`, after the other, from the diagonal block on.
         """
-        left_out = None if unseen is None else np.take(unseen, order, axis=1)
+        placed = beside(order, self.second_moment)
+        left_out = None if unseen is None else np.take(unseen, placed, axis=1)
         for start, stop in runs(len(order), height):
-            part: Float32 = np.take(self.second_moment[order[start:stop]], order[start:], axis=1)
+            part: Float32 = np.take(self.second_moment[placed[start:stop]], placed[start:], axis=1)
             if left_out is not None:
                 part *= np.float32(self.tokens)
                 part -= left_out[:, start:stop].T @ left_out[:, start:]
@@ -60,32 +64,33 @@ class InputStatistics:
         """The diagonal of H, of all of X but the rows `unseen`; 0 for channels that carry little but there."""
         if unseen is None:
             return self.diagonal
-        rest: Float32 = self.diagonal * np.float32(self.tokens) - np.square(unseen).sum(axis=0)
+        rest = self.diagonal * np.float32(self.tokens) - in_memory(np.square(unseen).sum(axis=0))
         rest /= np.float32(max(self.tokens - len(unseen), 1))
         return np.where(rest < LOST_IN_ROUNDING * self.diagonal, np.float32(0), rest)
 
     @property
     def diagonal(self) -> Float32:
-        return np.ascontiguousarray(np.diagonal(self.second_moment))
+        return np.ascontiguousarray(in_memory(np.diagonal(self.second_moment)))
 
     def loss(self, error: Float32) -> float:
         """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
         return quadratic(self.second_moment, error)
 
     def column_energy(self, weight: Float32, scale: Float32 | None = None) -> Float32:
-        """About w' H w for every column w of a weight or an error (K, N), or of one times `scale` (K,): float32 (N,).
+        """About w' H w for every column w of a weight or an error (K, N), over `scale` (K,) if given: float32 (N,).
         O(8 K N) instead of O(K^2 N), with diag(rest) + U U' in the place of H.
         """
         rest, principal = self.rest, self.principal
         if scale is not None:
-            rest, principal = rest / np.square(scale), principal / scale[:, None]
+            inverse = beside(np.reciprocal(scale), rest)
+            rest, principal = rest * np.square(inverse), principal * inverse[:, None]
         energy: Float32 = rest @ np.square(weight) + np.square(principal.T @ weight).sum(axis=0)
         return energy
 
     @classmethod
-    def flat(cls, K: int) -> InputStatistics:
+    def flat(cls, K: int, device: Device = PROCESSOR) -> InputStatistics:
         """What to assume of an input that calibration never saw: every channel matters the same."""
-        return cls(np.eye(K, dtype=np.float32), np.ones(K, np.float32), np.zeros(K, np.float32), 0)
+        return cls(device.put(np.eye(K, dtype=np.float32)), np.ones(K, np.float32), np.zeros(K, np.float32), 0)
 
     @classmethod
     def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
@@ -125,7 +130,7 @@ def _principal(second_moment: Float32, rank: int) -> Float32:
     K = second_moment.shape[0]
     rank = min(rank, K)
     start = np.random.default_rng(0).standard_normal((K, min(2 * rank, K)), dtype=np.float32)
-    basis = np.linalg.qr(second_moment @ start)[0]
+    basis = np.linalg.qr(second_moment @ beside(start, second_moment))[0]
     for _ in range(3):
         basis = np.linalg.qr(second_moment @ basis)[0]
     values, vectors = np.linalg.eigh(basis.T @ (second_moment @ basis))
@@ -137,8 +142,9 @@ def _principal(second_moment: Float32, rank: int) -> Float32:
 class Accumulator:
     """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels; of X itself few rows are kept."""
 
-    def __init__(self, K: int) -> None:
-        self._second_moment = np.zeros((K, K), np.float32)
+    def __init__(self, K: int, device: Device = PROCESSOR) -> None:
+        self._device = device
+        self._second_moment = np.zeros((K, K), np.float32, like=device.like)
         self._sum = np.zeros(K, np.float64)
         self._max = np.zeros(K, np.float32)
         self._tokens = 0
@@ -150,7 +156,7 @@ class Accumulator:
 
         validation_rows: if not 0, these rows are for validation, and at most so many of them count.
         """
-        x = np.ascontiguousarray(rows, dtype=np.float32)
+        x = self._device.put(np.ascontiguousarray(rows, dtype=np.float32))
         largest = _largest(x)
         if not np.isfinite(largest).all():  # an overflow, or padding: such a row would spoil every sum
             self.spoiled_rows += len(x)
@@ -162,7 +168,7 @@ class Accumulator:
             x = x[:: -(-len(x) // validation_rows) or 1].copy()
             self._validation += [x] if len(x) else []
         add_gram(self._second_moment, x)
-        self._sum += np.abs(x).sum(axis=0)
+        self._sum += in_memory(np.abs(x).sum(axis=0))
         self._tokens += len(x)
 
     def finish(self) -> InputStatistics:
@@ -176,5 +182,6 @@ class Accumulator:
 
 def _largest(x: Float32) -> Float32:
     """max|x| of each column, NaN where there is one: float32 (K,)."""
-    largest: Float32 = np.maximum(x.max(axis=0, initial=0), -x.min(axis=0, initial=0))
-    return largest
+    if not len(x):
+        return np.zeros(x.shape[1], np.float32)
+    return in_memory(np.maximum(x.max(axis=0), -x.min(axis=0)))

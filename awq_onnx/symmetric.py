@@ -61,7 +61,7 @@ def cholesky(matrix: Float32, shrink: float) -> list[Float32]:
         factor = np.linalg.cholesky(within)
         inverses.append(np.linalg.inv(factor).astype(np.float32, copy=False))
         diagonal_block = matrix[start:stop, start:stop]
-        np.copyto(diagonal_block, factor, where=np.tri(stop - start, dtype=bool))
+        np.copyto(diagonal_block, factor, where=np.tri(stop - start, dtype=bool, like=factor))
         matrix[stop:, start:stop] = panel[stop - start :] @ inverses[-1].T
     return inverses
 

@@ -281,7 +281,7 @@ def test_the_gain_is_what_becomes_of_white_noise(K: int, shrink: float) -> None:
     rows: Array = x[300:] / scale
     ordered = compensate._Ordered.of(statistics, scale)
     expected = gain_of(moment(statistics, scale, shrink), ordered.order, rows)
-    assert ordered.gain(shrink, rows) == pytest.approx(expected, rel=1e-3)
+    assert ordered.gain(shrink, ordered.rows(x[300:], scale)) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("shrink", SHRINKS)
@@ -294,7 +294,7 @@ def test_the_gain_is_that_of_a_real_weight(strength: float, T: int, shrink: floa
     scaled, fmt = scale[:, None] * weight(rng, 64, 48), Format(32, False, FLOAT32)
     rows: Array = validation / scale
     ordered = compensate._Ordered.of(statistics, scale, unseen=validation)
-    gain, compensation = ordered.gain(shrink, rows), ordered.compensation(shrink)
+    gain, compensation = ordered.gain(shrink, ordered.rows(validation, scale)), ordered.compensation(shrink)
     grid = codec.minmax_grid(codec.to_blocks(scaled, fmt.block_size), fmt)
     losses = [
         np.square(rows @ error_of(codes, grid, scaled)).sum()
@@ -309,8 +309,8 @@ def test_asking_for_one_gain_changes_no_other(K: int) -> None:
     rng = np.random.default_rng(0)
     x, scale = activations(rng, K, T=400), random_scale(rng, K)
     statistics = statistics_of(x[:300], x[300:])
-    rows: Array = x[300:] / scale
     one = compensate._Ordered.of(statistics, scale, unseen=x[300:])
+    rows = one.rows(x[300:], scale)
     for shrink in (*SHRINKS, *SHRINKS[::-1]):
         fresh = compensate._Ordered.of(statistics, scale, unseen=x[300:])
         assert one.gain(shrink, rows) == fresh.gain(shrink, rows)

@@ -293,11 +293,13 @@ def test_a_descent_ends_where_both_neighbours_are_worse_and_asks_for_no_loss_twi
         asked.extend(some)
         return costs[list(some)]
 
-    found = search._descend(starts, losses_at)
+    found = np.full(len(ALPHAS), np.inf)
+    found[0] = costs[0]
+    search._descend(found, starts, losses_at)
     tried, best = np.isfinite(found), int(np.argmin(found))
-    assert sorted(asked) == np.flatnonzero(tried).tolist()
+    assert sorted([0, *asked]) == np.flatnonzero(tried).tolist()
     np.testing.assert_array_equal(found[tried], costs[tried])
-    assert {0, *starts} <= set(asked)
+    assert {*starts} <= {0, *asked}
     assert tried[max(best - 1, 0) : best + 2].all()
 
 

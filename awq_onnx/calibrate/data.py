@@ -11,6 +11,7 @@ from awq_onnx.calibrate import companion, given, synthetic
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Arrays, Feed, Signature, complete
 from awq_onnx.calibrate.given import Calibration, Texts
 from awq_onnx.calibrate.maker import NOISY, PROSE, Maker
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.errors import CalibrationError
 from awq_onnx.journal import Entry
 from awq_onnx.output import OutputFiles
@@ -72,9 +73,10 @@ def load(
     calibration: Calibration,
     tokenizer: str | os.PathLike[str] | None,
     progress: Progress,
+    device: Device = PROCESSOR,
 ) -> CalibrationData:
-    """The data for one run. Raises CalibrationError where they do not fit the model."""
-    maker = Maker.of(opened, recipe, progress, tokenizer, wanted)
+    """The data for one run. device: what runs models for them. Raises CalibrationError where they do not fit."""
+    maker = Maker.of(opened, recipe, progress, tokenizer, wanted, device)
     values, what = None, ""
     if calibration is not None:
         progress.stage("Reading the calibration data")
@@ -86,7 +88,7 @@ def load(
         source = what
     else:
         with open_model(before) as other:
-            first = Maker.of(other, recipe, progress, tokenizer)
+            first = Maker.of(other, recipe, progress, tokenizer, device=device)
             arrays, what = _whole(first, values, what, tokenizer)
             progress.stage(f"Running {before.name} for the caches that the model goes on from")
             parts = companion.continued(first.session, first.wanted, opened, arrays)

@@ -26,6 +26,7 @@ from awq_onnx.calibrate.feeds import (
 )
 from awq_onnx.calibrate.generate import LENGTH_WITHOUT_CACHE, Bounds, generate, is_causal, written_well
 from awq_onnx.calibrate.hints import Hints, read_hints
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.errors import CalibrationError, RuntimeFailedError
 from awq_onnx.progress import Progress
 from awq_onnx.recipe import Recipe
@@ -49,6 +50,7 @@ class Maker:
     recipe: Recipe
     progress: Progress
     tokenizer: str | os.PathLike[str] | None = None
+    device: Device = PROCESSOR
 
     @classmethod
     def of(
@@ -58,17 +60,19 @@ class Maker:
         progress: Progress,
         tokenizer: str | os.PathLike[str] | None = None,
         wanted: Signature | None = None,
+        device: Device = PROCESSOR,
     ) -> Maker:
         hints = read_hints(opened.path)
         wanted = wanted or signature(opened.model.graph)
         wanted = replace(wanted, vocabulary=wanted.vocabulary or hints.vocabulary)
-        return cls(opened, wanted, hints, recipe, progress, tokenizer)
+        return cls(opened, wanted, hints, recipe, progress, tokenizer, device)
 
     @cached_property
     def session(self) -> Any:
         """Of a large model nothing is fused: that copies weights, those of half precision as float32."""
         fuse = self.opened.size_bytes <= MOST_COPIED_BYTES
-        return runtime.session(self.opened.serialize(), self.opened.folder, fuse=fuse)
+        opened, providers = self.opened, self.device.providers
+        return runtime.session(opened.serialize(), opened.folder, fuse=fuse, providers=providers)
 
     @property
     def is_large(self) -> bool:
@@ -124,7 +128,7 @@ class Maker:
             return given
         self.progress.stage(f"Running {path.name} for the states that the decoder reads")
         with open_model(path) as opened:
-            encoder = Maker.of(opened, self.recipe, self.progress, self.tokenizer)
+            encoder = Maker.of(opened, self.recipe, self.progress, self.tokenizer, device=self.device)
             arrays, _ = encoder.fill(encoder._read_by_encoder(given), samples)
             return {**given, ENCODER_STATES: companion.states_of(encoder.session, encoder.wanted, arrays)}
 

@@ -25,6 +25,7 @@ from onnx_ir import serde
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
 from awq_onnx.calibrate.shelf import Shelf, Values
+from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.bodies import all_bodies
@@ -109,13 +110,16 @@ class Segments:
         finished: Collection[Group] = (),
         saved: Saved | None = None,
         spread: Spread = one_by_one,
+        device: Device = PROCESSOR,
     ) -> None:
         """folder: for values that do not fit into memory. budget_bytes: of memory. finished: those of `groups` that are
-        not wanted any more; saved: where `save` left off. spread: a map for pieces of work.
+        not wanted any more; saved: where `save` left off. spread: a map for pieces of work. device: what runs the parts
+        and sums.
         """
         self._opened = opened
         self._groups = [group for group in groups if group not in finished]
         self._spread = spread
+        self._device = device
         self._outputs = tuple(data.outputs)
         self._summed = len(data.feeds)
         self._apart = _validation_rows(self._summed)
@@ -179,7 +183,7 @@ class Segments:
     def _run_part(
         self, part: Part, wanted: Collection[str], advance: Callable[[float], None]
     ) -> dict[str, InputStatistics]:
-        sums = {name: Accumulator(K) for name, K in part.taps.items() if name in wanted}
+        sums = {name: Accumulator(K, self._device) for name, K in part.taps.items() if name in wanted}
         session = None
         share = part.share / (sum(one.share for one in self.parts) or 1) / len(self._shelf.feeds)
         for position, alive in enumerate(self._shelf.feeds):
@@ -204,7 +208,8 @@ class Segments:
 
     def _session(self, part: Part, alive: Feed) -> Any:
         model = extract(self._opened.model, part, alive).SerializeToString()
-        return runtime.session(model, self._opened.folder, fuse=False, spin=False, half=False)
+        providers = self._device.providers
+        return runtime.session(model, self._opened.folder, fuse=False, spin=False, half=False, providers=providers)
 
     def _add(self, sums: Mapping[str, Accumulator], alive: Feed, validation_rows: int) -> None:
         def add(name: str) -> None:

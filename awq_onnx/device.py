@@ -1,0 +1,51 @@
+"""What computes: the processor, or a GPU with the CUDA provider of onnxruntime and cupy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awq_onnx import runtime
+from awq_onnx.arrays import Scalar, beside
+from awq_onnx.errors import MissingPackageError
+from awq_onnx.machine import CPU
+from awq_onnx.runtime import CPU_PROVIDERS, CUDA_PROVIDERS, Providers
+
+
+@dataclass(frozen=True)
+class Device:
+    """like: an array on it. providers: of onnxruntime, the first runs what it can."""
+
+    like: NDArray[Any]
+    providers: Providers
+
+    def put(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
+        """The same numbers on the device."""
+        return beside(array, self.like)
+
+
+PROCESSOR = Device(np.empty(0), CPU_PROVIDERS)
+
+
+def device_of(name: str) -> Device:
+    """One of `machine.DEVICES`. Raises MissingPackageError where the machine or its packages have no such thing."""
+    if name == CPU:
+        return PROCESSOR
+    if CUDA_PROVIDERS[0][0] not in runtime.onnxruntime().get_available_providers():
+        raise MissingPackageError(
+            "device is cuda, but the installed onnxruntime cannot use it: pip uninstall onnxruntime, then "
+            "pip install 'awq-onnx[gpu]'"
+        )
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingPackageError("device is cuda, but cupy is missing: pip install 'awq-onnx[gpu]'") from error
+    try:
+        like = cupy.empty(0)
+    except Exception as error:  # cupy's own classes: no driver, no GPU, no memory
+        reason = runtime.first_line(error)
+        raise MissingPackageError(f"device is cuda, but cupy finds no GPU that it can use ({reason})") from error
+    return Device(like, CUDA_PROVIDERS)
