@@ -106,16 +106,20 @@ def strip_bytes(group: Group) -> int:
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
     """Raise WeightError where a weight holds NaN, or one to be quantised Inf: before time is spent on calibration."""
+    checked = set()
     for site in sites:
         if not np.isfinite(opened.read(site.tensor)).all():
             raise WeightError(f"the weight of {site.name} holds NaN or Inf; the model is broken, export it again")
+        checked.add(id(site.tensor))
         opened.let_go()
     for graph in opened.model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is not None and tensor.dtype.is_floating_point() and np.isnan(opened.read(tensor)).any():
+            if tensor is None or id(tensor) in checked or not tensor.dtype.is_floating_point():
+                continue
+            if np.isnan(opened.read(tensor)).any():
                 raise WeightError(f"the weight {value.name} holds NaN; the model is broken, export it again")
-    opened.let_go()
+            opened.let_go()
 
 
 def search_group(

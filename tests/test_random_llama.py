@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,3 +93,34 @@ def test_every_layer_but_the_lm_head_is_quantised_and_its_scale_folded(tmp_path:
     assert len(report.matmuls) == 7 * SMALL.layers
     assert all(one.fold is not None for one in report.matmuls)
     assert [one.what for one in report.kept] == ["/lm_head/MatMul"]
+
+
+DEEP = random_llama.Shape(768, 2304, 6, heads=12, kv_heads=6, head_size=64, vocabulary=1024)
+
+
+def _cost(folder: Path, dtype: str, layers: int) -> tuple[int, int, int]:
+    """Bytes of a model's weights; of private and of resident memory at the peak of quantising it in a process."""
+    folder.mkdir()
+    shape = replace(DEEP, layers=layers)
+    model = random_llama.build(folder, shape, dtype=dtype)
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, shape.vocabulary, (8, 64)))
+    command = [sys.executable, "-m", "awq_onnx", model, "--calibration", folder / "ids.npy", "--samples", "7"]
+    command += ["--memory-budget", "32MB", "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    if report["peak_memory_bytes"] is None:
+        pytest.skip("private memory cannot be measured on this system")
+    return (
+        shape.parameters * (2 if dtype == "fp16" else 4),
+        report["peak_memory_bytes"],
+        report["resident_memory_bytes"],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_of_a_deeper_model_hardly_more_is_in_memory(dtype: str, tmp_path: Path) -> None:
+    """Three times the layers: a tool that held the weights or all activations would show it."""
+    (few, *shallow), (many, *deep) = (_cost(tmp_path / str(layers), dtype, layers) for layers in (4, 12))
+    for before, after in zip(shallow, deep, strict=True):
+        assert after - before < 0.25 * (many - few)
