@@ -188,7 +188,8 @@ def _calibration_data(
     """What an interrupted run had, or new data."""
     if CALIBRATION in files.done:
         finished = sum(name.startswith(partwise.GROUP) for name in files.done)
-        progress.note(f"Going on from an interrupted run, which had finished {finished} groups of layers.")
+        had = f"{finished} group{'s' * (finished != 1)} of layers" if finished else "its calibration data"
+        progress.note(f"Going on from an interrupted run, which had finished {had}.")
         return CalibrationData.kept(files.done[CALIBRATION], files.work)
     loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress, device)
     files.record(CALIBRATION, loaded.keep(files))

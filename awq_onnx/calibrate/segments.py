@@ -77,23 +77,27 @@ class Data:
 
 @dataclass(frozen=True)
 class Saved:
-    """What `Segments.save` wrote. end: how many nodes had run. feeds: what was alive then."""
+    """What `Segments.save` wrote. end: how many nodes had run."""
 
+    path: Path
     end: int
-    feeds: Sequence[Feed]
+    count: int
 
     @classmethod
     def read(cls, path: Path, end: int, feeds: int) -> Saved | None:
-        """None where the file cannot be read."""
-        values: tuple[Values, ...] = tuple({} for _ in range(feeds))
+        """Of so many feeds. None where the file is damaged."""
         try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                for key in arrays.files:
-                    at, name = key.split(":", 1)
-                    values[int(at)][name] = arrays[key]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            with zipfile.ZipFile(path) as file:
+                return None if file.testzip() else cls(path, end, feeds)
+        except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile):
             return None
-        return cls(end, values)
+
+    @property
+    def feeds(self) -> Iterator[Feed]:
+        """What was alive then, read one after the other."""
+        with np.load(self.path) as arrays:
+            for at in range(self.count):
+                yield {name.split(":", 1)[1]: arrays[name] for name in arrays.files if name.startswith(f"{at}:")}
 
 
 class Segments:
@@ -128,7 +132,7 @@ class Segments:
         self.parts = cut(opened.model.graph, groups, min(PART_BYTES, share_bytes), data.outputs, self._end)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
-        self._shelf = Shelf(folder, share_bytes, [_in_float32(feed) for feed in feeds])
+        self._shelf = Shelf(folder, share_bytes, map(_in_float32, feeds))
 
     def run(
         self, *, make_room: Callable[[int], None] = unheard, advance: Callable[[float], None] = unheard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -18,16 +18,17 @@ Values = dict[str, NDArray[np.generic]]
 class Shelf:
     """For each feed the values that are alive, by name. Raises OSError where the disk is full."""
 
-    def __init__(self, folder: Path, budget_bytes: int, feeds: Sequence[Feed]) -> None:
+    def __init__(self, folder: Path, budget_bytes: int, feeds: Iterable[Feed]) -> None:
         """folder: for what does not fit into `budget_bytes`."""
         self._folder = folder
         self._budget_bytes = budget_bytes
         self._numbers = count()
         self._held_bytes = 0
         self._files: dict[int, Path] = {}  # of what lies in one, by id
-        self.feeds: tuple[Values, ...] = tuple({} for _ in feeds)
-        for alive, feed in zip(self.feeds, feeds, strict=True):
-            self.put(alive, feed)
+        self.feeds: list[Values] = []
+        for feed in feeds:
+            self.feeds.append({})
+            self.put(self.feeds[-1], feed)
 
     def put(self, alive: Values, made: Feed) -> None:
         """Add what was made of one of `feeds`."""
