@@ -5,18 +5,24 @@
 The forward passes run over as many tokens as the calibration does, in a process of their own before and after the
 command; the faster of two batch sizes counts. Generating the text is measured apart: it is a choice, one's own
 text needs none. Private memory is what the process allocates, resident memory counts the mapped model file too.
+
+What the search takes beside the forward passes is told in CPU seconds, since both run at the same time: of a run on
+given tokens, the threads that search and those that sum up activations are watched; the rest is onnxruntime's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import held_out_text, smollm2
@@ -51,28 +57,61 @@ def forward_seconds(model: Path) -> float:
     return min(run(1), run(4))
 
 
-def in_own_process(model: Path) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "--forward-only", str(model)], check=True, capture_output=True, text=True
-    )
-    return float(done.stdout)
+def stages_cpu_seconds(model: Path) -> dict[str, float]:
+    """CPU seconds of a run on SAMPLES x LENGTH given tokens: forward passes, sums over activations, search."""
+    import awq_onnx
+    from awq_onnx import groups, partwise
+    from awq_onnx.statistics import Accumulator
+
+    spent = {"forward": 0.0, "sums": 0.0, "search": 0.0}
+
+    def timed(owner: Any, name: str, what: str, clock: Callable[[], float]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def run(*args: Any, **options: Any) -> Any:
+            start = clock()
+            try:
+                return original(*args, **options)
+            finally:
+                spent[what] += clock() - start
+
+        setattr(owner, name, run)
+
+    timed(groups, "search_group", "search", time.thread_time)
+    timed(Accumulator, "update", "sums", time.thread_time)
+    timed(partwise.Partwise, "run", "forward", time.process_time)
+    with tempfile.TemporaryDirectory() as folder:
+        awq_onnx.quantize(model, f"{folder}/int4.onnx", calibration=held_out_text(model, SAMPLES, LENGTH))
+    spent["forward"] -= spent["sums"] + spent["search"]
+    return spent
+
+
+def in_own_process(option: str, model: Path) -> Any:
+    done = subprocess.run([sys.executable, __file__, option, str(model)], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of the command in forward passes and model sizes.")
     parser.add_argument("--forward-only", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stages-only", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.forward_only:
         print(forward_seconds(arguments.forward_only))
         return
+    if arguments.stages_only:
+        print(json.dumps(stages_cpu_seconds(arguments.stages_only)))
+        return
     model = smollm2()
-    before = in_own_process(model)
+    before = in_own_process("--forward-only", model)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "awq_onnx", str(model), "-o", f"{folder}/int4.onnx", "--json", "--quiet"]
         start = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
-    after = in_own_process(model)
+    after = in_own_process("--forward-only", model)
+    stages = in_own_process("--stages-only", model)
     report = json.loads(done.stdout)
     forward = statistics.mean([before, after])
     generating = report["seconds"]["calibration data"]
@@ -82,6 +121,8 @@ def main() -> None:
         f"whole command: {seconds:.1f} s, of which " + ", ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
     )
     print(f"(command - generating) / forward: {(seconds - generating) / forward:.2f}")
+    print("on given tokens, CPU seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in stages.items()))
+    print(f"search / forward passes: {stages['search'] / stages['forward']:.2f}")
     print(f"peak private memory / model file: {report['peak_memory_bytes'] / size:.2f}")
     print(f"peak resident memory / model file: {report['resident_memory_bytes'] / size:.2f}")
 

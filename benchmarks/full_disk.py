@@ -3,10 +3,10 @@
     sudo mount -t tmpfs -o size=160M none /mnt/small
     python benchmarks/full_disk.py /mnt/small [--times 5] [--model bert]
 
-FOLDER lies on a file system of its own, with room for the output when the run begins. While it writes, another file takes
-all the room that is left, after a random number of seconds. Checked each time: the exit code is 4, what is said is one
-sentence about the disk, nothing at the output's place looks finished; and when the other file is gone, the same command
-goes on to the bytes of an undisturbed run.
+FOLDER lies on a file system of its own, with room for the output when the run begins. After a random number of seconds
+another file takes all the room that is left. Checked each time: the exit code is 4, what is said is one sentence about
+the disk, nothing at the output's place looks finished; and when the other file is gone, the same command goes on to the
+bytes of an undisturbed run.
 """
 
 from __future__ import annotations
