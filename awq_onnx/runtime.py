@@ -62,6 +62,8 @@ def session(
     options = _options()
     if not fuse:
         options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Weights of half precision are cast right before they are read; by default all of them are, first of all.
+        options.execution_order = onnxruntime().ExecutionOrder.PRIORITY_BASED
     options.enable_mem_reuse = reuse
     options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")

@@ -97,7 +97,8 @@ class Workers:
 
         The job is given a map: in a thread of its own it has nobody to share with, alone it has all the others, as many
         as there is memory for. piece_bytes: what one call of the map takes. large: its matrices are, so that it runs
-        alone and BLAS has all threads. (That alone may change a last bit: it must not depend on the budget.)
+        alone, one piece after the other, and BLAS has all threads. (That may change a last bit: it must not depend on
+        the budget.)
         """
         if not large and 2 * size_bytes <= self._budget_bytes:
             self.make_room(size_bytes)
@@ -105,11 +106,11 @@ class Workers:
             self._running[future] = size_bytes
             return future
         self.make_room(self._budget_bytes)
-        at_once = max(1, min(self._threads, self._budget_bytes // max(piece_bytes, 1)))
+        at_once = max(1, self._budget_bytes // max(piece_bytes, 1))
         done: Future[Result] = Future()
         with _blas().limit(limits=self._threads if large else 1):
             try:
-                done.set_result(job(partial(self.spread, at_once=at_once)))
+                done.set_result(job(one_by_one if large else partial(self.spread, at_once=at_once)))
             except Exception as error:
                 done.set_exception(error)
         return done

@@ -145,8 +145,8 @@ def test_what_runs_at_the_same_time_never_takes_more_than_the_budget(seed: int) 
     assert all(len(together) == 1 for together in busy.seen if max(together) > FITS)
 
 
-@pytest.mark.parametrize(("size", "large"), [(TOO_LARGE, False), (10 * BUDGET, False), (1, True)])
-def test_a_job_that_leaves_no_room_runs_at_once_and_alone_and_shares_with_all_threads(size: int, large: bool) -> None:
+@pytest.mark.parametrize("size", [TOO_LARGE, 10 * BUDGET])
+def test_a_job_that_leaves_no_room_runs_at_once_and_alone_and_shares_with_all_threads(size: int) -> None:
     ended: list[int] = []
     all_there = threading.Barrier(2, timeout=PATIENCE)
 
@@ -165,14 +165,33 @@ def test_a_job_that_leaves_no_room_runs_at_once_and_alone_and_shares_with_all_th
     with Workers(2, BUDGET) as workers:
         for _ in range(4):
             workers.submit(25, short)
-        future = workers.submit(size, alone, large=large)
+        future = workers.submit(size, alone)
         assert future.done()
         assert future.result() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [1, TOO_LARGE])
+def test_a_large_job_runs_at_once_and_alone_its_pieces_one_after_the_other(size: int) -> None:
+    ended: list[int] = []
+
+    def short(_: Spread) -> None:
+        time.sleep(0.05)
+        ended.append(1)
+
+    def alone(spread: Spread) -> object:
+        assert len(ended) == 4
+        return spread
+
+    with Workers(2, BUDGET) as workers:
+        for _ in range(4):
+            workers.submit(25, short)
+        future = workers.submit(size, alone, large=True)
+        assert future.done()
+        assert future.result() is one_by_one
+
+
 @pytest.mark.parametrize(("piece", "expected"), [(0, 4), (1, 4), (25, 4), (26, 3), (50, 2), (51, 1), (1000, 1)])
-@pytest.mark.parametrize("large", [True, False])
-def test_a_job_alone_shares_with_as_many_threads_as_there_is_memory_for(piece: int, expected: int, large: bool) -> None:
+def test_a_job_alone_shares_with_as_many_threads_as_there_is_memory_for(piece: int, expected: int) -> None:
     busy = Busy()
 
     def work(_: int) -> None:
@@ -183,7 +202,7 @@ def test_a_job_alone_shares_with_as_many_threads_as_there_is_memory_for(piece: i
         assert len(list(spread(work, range(6)))) == 6
 
     with Workers(4, BUDGET) as workers:
-        workers.submit(TOO_LARGE, alone, piece_bytes=piece, large=large).result()
+        workers.submit(TOO_LARGE, alone, piece_bytes=piece).result()
     assert max(map(len, busy.seen)) == expected
 
 
@@ -271,7 +290,7 @@ def test_blas_has_one_thread_in_every_job_but_the_large_ones(size: int, large: b
         return blas_threads(), list(spread(lambda _: blas_threads(), range(3))), blas_threads()
 
     with Workers(4, BUDGET) as workers:
-        assert workers.submit(size, job, large=large).result() == (expected, [1, 1, 1], expected)
+        assert workers.submit(size, job, large=large).result() == (expected, [expected] * 3, expected)
         assert blas_threads() == 1
     assert blas_threads() == ORIGINAL
 

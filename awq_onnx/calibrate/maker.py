@@ -35,7 +35,7 @@ from awq_onnx.store import OpenedModel, open_model
 RANDOM = "random inputs"
 PROSE = "short texts that come with awq-onnx"
 PROSE_AND_NOISE = f"{PROSE}, the rest of the inputs random"
-MOST_COPIED_BYTES = 600_000_000  # of a model file: a session may copy its weights, which makes it faster
+MOST_COPIED_BYTES = 600_000_000  # of weights as float32: a session may copy them, which makes it faster
 LARGE_BYTES = 4 << 30  # a model file above takes too long to write its own text
 NOISY = (RANDOM, PROSE_AND_NOISE)
 
@@ -70,8 +70,8 @@ class Maker:
     @cached_property
     def session(self) -> Any:
         """Of a large model nothing is fused: that copies weights, those of half precision as float32."""
-        fuse = self.opened.size_bytes <= MOST_COPIED_BYTES
         opened, providers = self.opened, self.device.providers
+        fuse = _float32_bytes(opened) <= MOST_COPIED_BYTES
         return runtime.session(opened.serialize(), opened.folder, fuse=fuse, providers=providers)
 
     @property
@@ -210,6 +210,11 @@ class Maker:
         known = range(self.wanted.vocabulary or 0)
         ends = tuple(end for end in self.hints.ends if end in known)
         return Bounds(self.hints.start if self.hints.start in known else None, ends)
+
+
+def _float32_bytes(opened: OpenedModel) -> int:
+    tensors = [value.const_value for graph in opened.model.graphs() for value in graph.initializers.values()]
+    return sum(4 * one.size for one in tensors if one is not None and one.dtype.is_floating_point())
 
 
 def _lengths(wished: int, positions: int | None) -> Iterator[int]:
