@@ -17,7 +17,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from ml_dtypes import bfloat16
 from numpy.typing import DTypeLike, NDArray
 
 from awq_onnx.arrays import beside, in_memory
@@ -84,7 +83,7 @@ def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
     """
     largest = _largest(np.dtype(dtype))
     rounded = np.minimum(np.maximum(scales, -largest), largest)
-    if np.dtype(dtype) == bfloat16:  # which a GPU's arrays do not have
+    if np.dtype(dtype) == ml_dtypes.bfloat16:  # which a GPU's arrays do not have
         rounded = beside(in_memory(rounded).astype(dtype).astype(np.float32), rounded)
     else:
         rounded = rounded.astype(dtype, copy=False).astype(np.float32, copy=False)

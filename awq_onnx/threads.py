@@ -122,9 +122,9 @@ class Workers:
 
         at_once: how many items, where that is fewer than threads.
         """
-        few = at_once is not None and at_once < self._threads
+        at_once = at_once or self._threads
         with _blas().limit(limits=1):
-            for some in batched(items, at_once) if few and at_once else [items]:
+            for some in batched(items, at_once) if at_once < self._threads else [items]:
                 yield from self._pieces.map(work, some)
 
     def _forget_done(self) -> None:

@@ -12,7 +12,7 @@ from what --json kept, without running anything. Linux only: memory is read from
 Private memory is what the process allocates, resident memory counts the mapped model files too, which the system
 takes back when it needs the memory. The layers are all of one shape, so time over layers should be a straight line.
 
-The largest size needs 16 GB of disk and hours of two cores.
+The largest size needs 16 GB of disk and about an hour of two idle cores.
 """
 
 from __future__ import annotations
