@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
-from awq_onnx.comparison import compare_outputs, compared_outputs
+from awq_onnx.comparison import Comparison, Rows, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
@@ -72,34 +72,26 @@ def quantize(
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     machine = machine or Machine()
-    device, budget_bytes = device_of(machine.device), machine.budget_bytes
+    device = device_of(machine.device)
     with Meter() as meter, threads.limited(machine.threads), open_model(model) as opened:
         wanted = signature(opened.model.graph)
         key = resume.key(opened, wanted, recipe, calibration, tokenizer, machine.device)
         with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:
+            run = _Run(opened, wanted, recipe, files, device, machine.budget_bytes, progress)
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
             files.check_space(_estimated_bytes(opened, plan, recipe))
             if not files.done:
                 groups.check_weights(plan.survey.sites, opened)
             with meter.stage("calibration data"):
-                calibration_data = _calibration_data(
-                    files, opened, wanted, recipe, calibration, tokenizer, progress, device
-                )
+                calibration_data = _calibration_data(run, calibration, tokenizer)
             with meter.stage("calibrate and search"):
-                parts = _parts(plan, opened, calibration_data, recipe, files, budget_bytes, progress, device)
-                progress.stage("Calibrating and searching")
+                parts = _parts(run, plan, calibration_data)
                 results, expected = parts.run(calibration_data, outputs, progress.advance)
             with meter.stage("write"):
-                progress.stage("Writing the model")
-                _edit(opened, results, files, recipe)
-                finished = files.write(opened.model)
+                finished = _write(run, results)
             with meter.stage("measure"):
-                progress.stage("Measuring the result")
-                session = _session_of(finished, budget_bytes, device)
-                comparison = compare_outputs(
-                    outputs, expected, session, calibration_data.held_out, wanted, progress.advance
-                )
+                comparison = _measure(run, finished, outputs, expected, calibration_data)
             size_after_bytes = files.publish()
         return Report(
             model=str(opened.path or "a model in memory"),
@@ -118,6 +110,19 @@ def quantize(
             peak_memory_bytes=meter.peak_private_bytes,
             resident_memory_bytes=meter.peak_resident_bytes,
         )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of one call share. wanted: the inputs and outputs of the model."""
+
+    opened: OpenedModel
+    wanted: Signature
+    recipe: Recipe
+    files: OutputFiles
+    device: Device
+    budget_bytes: int
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -175,43 +180,27 @@ def _check_patterns(recipe: Recipe, survey: Survey) -> None:
                 raise RecipeError(f"{option} {pattern!r} fits no layer of the model; they have names like {names[0]}")
 
 
-def _calibration_data(
-    files: OutputFiles,
-    opened: OpenedModel,
-    wanted: Signature,
-    recipe: Recipe,
-    calibration: Calibration,
-    tokenizer: str | os.PathLike[str] | None,
-    progress: Progress,
-    device: Device,
-) -> CalibrationData:
+def _calibration_data(run: _Run, calibration: Calibration, tokenizer: str | os.PathLike[str] | None) -> CalibrationData:
     """What an interrupted run had, or new data."""
+    files = run.files
     if CALIBRATION in files.done:
         finished = sum(name.startswith(partwise.GROUP) for name in files.done)
         had = f"{finished} group{'s' * (finished != 1)} of layers" if finished else "its calibration data"
-        progress.note(f"Going on from an interrupted run, which had finished {had}.")
+        run.progress.note(f"Going on from an interrupted run, which had finished {had}.")
         return CalibrationData.kept(files.done[CALIBRATION], files.work)
-    loaded = data.load(opened, wanted, recipe, calibration, tokenizer, progress, device)
+    loaded = data.load(run.opened, run.wanted, run.recipe, calibration, tokenizer, run.progress, run.device)
     files.record(CALIBRATION, loaded.keep(files))
     return loaded
 
 
-def _parts(
-    plan: Plan,
-    opened: OpenedModel,
-    calibration_data: CalibrationData,
-    recipe: Recipe,
-    files: OutputFiles,
-    budget_bytes: int,
-    progress: Progress,
-    device: Device,
-) -> Partwise:
+def _parts(run: _Run, plan: Plan, calibration_data: CalibrationData) -> Partwise:
     """What is known before any part runs: the branches that the data take, and where channels go."""
     runtime.give_back_memory()
-    progress.stage("Tracing channels")
-    straight = straighten(opened, plan.survey, calibration_data.feeds[0])
+    run.progress.stage("Tracing channels")
+    straight = straighten(run.opened, plan.survey, calibration_data.feeds[0])
     maps = trace_channels(plan, straight, calibration_data)
-    return Partwise(opened, straight.opened, plan.groups, maps, recipe, files, budget_bytes, device)
+    run.progress.stage("Calibrating and searching")
+    return Partwise(run.opened, straight.opened, plan.groups, maps, run.recipe, run.files, run.budget_bytes, run.device)
 
 
 def trace_channels(
@@ -222,6 +211,13 @@ def trace_channels(
     feed = shortened(calibration_data.held_out[0], signature(opened.model.graph))
     models = [ir.to_proto(opened.model), *([straight.others] if straight.others is not None else [])]
     return channels.trace(models, opened.folder, plan.groups, plan.survey, feed)
+
+
+def _write(run: _Run, results: Sequence[GroupResult]) -> Path:
+    """The finished model, not yet in its place."""
+    run.progress.stage("Writing the model")
+    _edit(run.opened, results, run.files, run.recipe)
+    return run.files.write(run.opened.model)
 
 
 def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
@@ -326,8 +322,22 @@ def _estimated_bytes(opened: OpenedModel, plan: Plan, recipe: Recipe) -> int:
     return max(opened.size_bytes - before, 0) + packed + blocks * SCALE_BYTES
 
 
+def _measure(
+    run: _Run,
+    finished: Path,
+    outputs: list[str],
+    expected: Iterable[Sequence[Rows]],
+    calibration_data: CalibrationData,
+) -> Comparison:
+    """onnxruntime runs the result before it is published."""
+    run.progress.stage("Measuring the result")
+    session = _session_of(finished, run.budget_bytes, run.device)
+    held_out = calibration_data.held_out
+    return compare_outputs(outputs, expected, session, held_out, run.wanted, run.progress.advance)
+
+
 def _session_of(finished: Path, budget_bytes: int, device: Device) -> Any:
-    """onnxruntime runs the result before it is published: as an application would where memory allows that."""
+    """As an application would open it, where memory allows that."""
     runtime.give_back_memory()
     size_bytes = sum(path.stat().st_size for path in (finished, finished.with_name(f"{finished.name}.data")))
     if COPIES * size_bytes <= budget_bytes:
