@@ -244,6 +244,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         _curve(memory, chosen, lambda run: run.resident_bytes / GB, f"peak resident{which}", f"C0{style}")
         _curve(memory, chosen, lambda run: run.private_bytes / GB, f"peak private{which}", f"C1{style}")
         _curve(minutes, chosen, lambda run: run.seconds / 60, f"whole command{which}", f"C2{style}")
+        _curve(minutes, chosen, lambda run: run.cpu_seconds / 60, f"CPU time of all cores{which}", f"C3{style}")
     first = over_sizes[0]
     _guide(memory, over_sizes, lambda run: run.model_bytes / GB, "the model file")
     _guide(minutes, over_sizes, lambda run: first.seconds / 60 * run.parameters / first.parameters, "in proportion")
