@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
-from awq_onnx.comparison import Comparison, Rows, compare_outputs, compared_outputs
+from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import Machine
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
-from awq_onnx.partwise import Partwise
+from awq_onnx.partwise import Outputs, Partwise
 from awq_onnx.passes import check, constants, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
@@ -86,8 +86,7 @@ def quantize(
             with meter.stage("calibration data"):
                 calibration_data = _calibration_data(run, calibration, tokenizer)
             with meter.stage("calibrate and search"):
-                parts = _parts(run, plan, calibration_data)
-                results, expected = parts.run(calibration_data, outputs, progress.advance)
+                results, expected = _search(run, plan, outputs, calibration_data)
             with meter.stage("write"):
                 finished = _write(run, results)
             with meter.stage("measure"):
@@ -193,14 +192,19 @@ def _calibration_data(run: _Run, calibration: Calibration, tokenizer: str | os.P
     return loaded
 
 
-def _parts(run: _Run, plan: Plan, calibration_data: CalibrationData) -> Partwise:
-    """What is known before any part runs: the branches that the data take, and where channels go."""
+def _search(
+    run: _Run, plan: Plan, outputs: list[str], calibration_data: CalibrationData
+) -> tuple[list[GroupResult], list[Outputs]]:
+    """The results of all groups, and the `outputs` of the model for what is held out."""
     runtime.give_back_memory()
     run.progress.stage("Tracing channels")
     straight = straighten(run.opened, plan.survey, calibration_data.feeds[0])
     maps = trace_channels(plan, straight, calibration_data)
     run.progress.stage("Calibrating and searching")
-    return Partwise(run.opened, straight.opened, plan.groups, maps, run.recipe, run.files, run.budget_bytes, run.device)
+    parts = Partwise(
+        run.opened, straight.opened, plan.groups, maps, run.recipe, run.files, run.budget_bytes, run.device
+    )
+    return parts.run(calibration_data, outputs, run.progress.advance)
 
 
 def trace_channels(
@@ -326,7 +330,7 @@ def _measure(
     run: _Run,
     finished: Path,
     outputs: list[str],
-    expected: Iterable[Sequence[Rows]],
+    expected: list[Outputs],
     calibration_data: CalibrationData,
 ) -> Comparison:
     """onnxruntime runs the result before it is published."""
