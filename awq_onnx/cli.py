@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from awq_onnx._version import __version__
 from awq_onnx.errors import AwqOnnxError, InternalError, RecipeError
 from awq_onnx.machine import CPU, DEVICES, Machine, size_bytes
-from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, LM_HEADS, Recipe, help_of
+from awq_onnx.recipe import (
+    ACCURACY_LEVELS,
+    BITS,
+    BLOCK_SIZES,
+    LM_HEADS,
+    METHODS,
+    QUALITIES,
+    SCALES_FROM,
+    Recipe,
+    help_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,13 +128,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(calibration, "seed")
 
     choice = parser.add_argument_group("which layers, and how")
-    for name in ("include", "exclude"):
-        choice.add_argument(f"--{name}", action="append", default=[], metavar="PATTERN", help=help_of(name))
-    choice.add_argument("--lm-head", choices=LM_HEADS, default=Recipe().lm_head, help=help_of("lm_head"))
+    for name, metavar in (("include", "PATTERN"), ("exclude", "PATTERN"), ("override", "PATTERN:SETTINGS")):
+        choice.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=help_of(name))
+    _add_choice(choice, "lm_head", LM_HEADS)
+    _add_choice(choice, "embedding", LM_HEADS)
     choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
 
+    method = parser.add_argument_group("quality")
+    _add_choice(method, "quality", QUALITIES)
+    _add_choice(method, "method", METHODS)
+    _add_choice(method, "scale_from", SCALES_FROM)
+    method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
+
     format_group = parser.add_argument_group("format")
+    _add_number(format_group, "bits", BITS)
     _add_number(format_group, "block_size", BLOCK_SIZES)
+    format_group.add_argument("--target-bits", type=float, metavar="BITS", help=help_of("target_bits"))
+    format_group.add_argument("--target-size", type=_size, metavar="SIZE", help=help_of("target_size"))
     format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
     _add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
 
@@ -152,12 +172,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _add_choice(group: Any, name: str, choices: Sequence[str]) -> None:
+    option = f"--{name.replace('_', '-')}"
+    group.add_argument(option, choices=choices, default=getattr(Recipe(), name), help=help_of(name))
+
+
 def _add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> None:
     metavar = "N" if choices is None else "{" + ",".join(map(str, choices)) + "}"
     group.add_argument(
         f"--{name.replace('_', '-')}",
         type=int,
-        default=getattr(Recipe(), name),
+        default=Recipe.__dataclass_fields__[name].default,
         choices=choices,
         metavar=metavar,
         help=help_of(name),
@@ -200,7 +225,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     try:
         settings: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
-        return Recipe(**{**settings, "include": tuple(arguments.include), "exclude": tuple(arguments.exclude)})
+        repeated = {name: tuple(settings[name]) for name in ("include", "exclude", "override")}
+        return Recipe(**(settings | repeated))
     except RecipeError as error:
         raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
 

@@ -6,7 +6,7 @@ weight = (code - zero_point) * scale, codes of one block share scale and zero po
 
 Shapes: K in, N out, block_size b, G = ceil(K / b) blocks. A weight is worked on as blocks (G, b, N), N innermost:
 that is a view of ONNX's own (K, N) layout, and the long contiguous axis is what makes numpy fast. Only `pack`
-turns it into the (N, G, b/2) of the file. A last block that K does not fill is padded with zeros.
+turns it into the (N, G, b * bits / 8) of the file. A last block that K does not fill is padded with zeros.
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ def middle_code(bits: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales, bits of a code."""
+    """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales, bits of a code.
+
+    stored: the block size in the file where that is smaller, a divisor: its blocks then repeat a scale and zero point.
+    """
 
     block_size: int
     symmetric: bool
     scale_dtype: np.dtype[np.generic]
     bits: int = 4
+    stored: int | None = None
+
+    @property
+    def stored_block_size(self) -> int:
+        return self.stored or self.block_size
 
     def blocks_of(self, K: int) -> int:
         return -(-K // self.block_size)
@@ -133,30 +141,41 @@ def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Floa
 
 
 def pack(centred: Float32, grid: Grid) -> UInt8:
-    """The bytes of MatMulNBits' input B: uint8 (N, G, b * bits / 8), of 4 bits the even element in the low nibble."""
-    codes = (centred + grid.zero_points[:, None, :]).astype(np.uint8)  # (G, b, N)
-    if grid.bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))  # (G, b/2, N)
-    return np.ascontiguousarray(in_memory(codes).transpose(2, 0, 1))  # (N, G, b * bits / 8)
+    """The bytes of MatMulNBits' input B: uint8 (N, G, b * bits / 8)."""
+    codes = _joined((centred + grid.zero_points[:, None, :]).astype(np.uint8), grid.bits)  # (G, b * bits / 8, N)
+    return np.ascontiguousarray(in_memory(codes).transpose(2, 0, 1))
+
+
+def as_stored(codes: UInt8, grid: Grid, fmt: Format) -> tuple[UInt8, Grid]:
+    """Packed codes (N, G, b * bits / 8) and their grid, in blocks of the size that is stored."""
+    parts = fmt.block_size // fmt.stored_block_size
+    if parts == 1:
+        return codes, grid
+    scales, zero_points = np.repeat(grid.scales, parts, axis=0), np.repeat(grid.zero_points, parts, axis=0)
+    return codes.reshape(codes.shape[0], codes.shape[1] * parts, -1), Grid(scales, zero_points, grid.bits)
 
 
 def unpack(packed: UInt8, bits: int = 4) -> UInt8:
     """The codes of packed bytes: uint8 (N, G, b * bits / 8) -> (N, G, b)."""
-    if bits == 8:
-        return packed
-    codes: UInt8 = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)  # (N, G, b/2, 2)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes: UInt8 = (packed[..., None] >> shifts) & np.uint8(max_code(bits))  # (N, G, b * bits / 8, 8 / bits)
     return codes.reshape(*packed.shape[:2], -1)  # (N, G, b)
+
+
+def _joined(codes: UInt8, bits: int) -> UInt8:
+    """As many codes as fit into a byte, neighbours along axis 1, the first in the lowest bits."""
+    in_a_byte = 8 // bits
+    joined = codes[:, ::in_a_byte]
+    for at in range(1, in_a_byte):
+        joined = joined | (codes[:, at::in_a_byte] << np.uint8(bits * at))
+    return joined
 
 
 def pack_zero_points(zero_points: Float32, bits: int = 4) -> UInt8:
     """The bytes of MatMulNBits' input zero_points: (G, N) -> uint8 (N, ceil(G * bits / 8)), rows of whole bytes."""
-    codes = np.ascontiguousarray(zero_points.T.astype(np.uint8))  # (N, G)
-    if bits == 8:
-        return codes
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    packed = codes[:, 0::2] | (codes[:, 1::2] << 4)  # (N, ceil(G/2))
-    return packed.astype(np.uint8, copy=False)
+    codes = zero_points.T.astype(np.uint8)  # (N, G)
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % (8 // bits))))
+    return np.ascontiguousarray(_joined(padded, bits))
 
 
 def unpack_zero_points(packed: UInt8, blocks: int, bits: int = 4) -> UInt8:

@@ -114,7 +114,7 @@ def compare_outputs(
     sums = _Sums(kl=[])
     for window, expected in zip(windows, reference, strict=True):
         actual = runtime.run(quantized, outputs, window)
-        rows = [_rows(*pair, window, wanted) for pair in zip(expected, actual, strict=True)]
+        rows = [_row_pairs(*pair, window, wanted) for pair in zip(expected, actual, strict=True)]
         for pair in rows:
             _add_error(sums, *pair)
         if wanted.logits and _are_logits(expected[0]):
@@ -163,16 +163,19 @@ def _are_logits(values: Rows) -> bool:
     return values.ndim in (2, 3) and values.shape[-1] > 1
 
 
-def _rows(expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> tuple[Rows, Rows]:
-    """Two outputs (…, C) as rows (R, C), without the rows of padding."""
+def _row_pairs(expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> tuple[Rows, Rows]:
     if expected.shape != actual.shape:
         raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
-    if expected.ndim == 3:
-        keep = _real(expected.shape[:2], window, wanted)
+    return real_rows(expected, window, wanted), real_rows(actual, window, wanted)
+
+
+def real_rows(values: Rows, window: Feed, wanted: Signature) -> Rows:
+    """An output (…, C) as rows (R, C), without the rows of padding."""
+    if values.ndim == 3:
+        keep = _real(values.shape[:2], window, wanted)
         if not keep.all():
-            return expected[keep], actual[keep]
-    columns = max(expected.shape[-1], 1) if expected.ndim else 1
-    return expected.reshape(-1, columns), actual.reshape(-1, columns)
+            return values[keep]
+    return values.reshape(-1, max(values.shape[-1], 1) if values.ndim else 1)
 
 
 def _real(shape: tuple[int, ...], window: Feed, wanted: Signature) -> NDArray[np.bool_]:
@@ -220,7 +223,7 @@ def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed, wanted:
         rows = np.flatnonzero(keep[sequence])
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE]
-            p, q = _log_softmax(expected[sequence, chosen]), _log_softmax(actual[sequence, chosen])
+            p, q = log_softmax(expected[sequence, chosen]), log_softmax(actual[sequence, chosen])
             kl_sum += float(kl_divergence(p, q).sum())
             sums.agreements += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
             if ids is not None:
@@ -246,7 +249,8 @@ def kl_divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDA
     return divergence
 
 
-def _log_softmax(logits: Rows) -> NDArray[np.float64]:
+def log_softmax(logits: Rows) -> NDArray[np.float64]:
+    """Of each row of logits (T, V)."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx import codec, rounding, search
+from awq_onnx import codec, methods, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
 from awq_onnx.device import PROCESSOR, Device
@@ -22,7 +22,7 @@ from awq_onnx.output import OutputFiles
 from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
-from awq_onnx.recipe import Recipe
+from awq_onnx.recipe import UNSCALED, Recipe
 from awq_onnx.rounding import Rounded
 from awq_onnx.search import Reader, ScaleChoice, ScaleLimits
 from awq_onnx.statistics import InputStatistics
@@ -50,6 +50,7 @@ class SiteResult:
     scales: ir.TensorProtocol
     zero_points: ir.TensorProtocol | None
     bits: int
+    block_size: int
     loss: float
     plain_loss: float
     energy: float
@@ -126,6 +127,7 @@ def search_group(
     group: Group,
     channels: ChannelMap | Refusal | None,
     statistics: Mapping[str, InputStatistics],
+    formats: Mapping[Site, Format],
     recipe: Recipe,
     opened: OpenedModel,
     *,
@@ -136,27 +138,17 @@ def search_group(
     """Search the scale of one group and round its weights; nothing is written.
 
     channels: the absorber's channel behind each channel of the inputs; None or a Refusal where nothing absorbs.
-    statistics: of the inputs that calibration has run, by name. random: on noise. spread: a map for pieces of work.
-    device: where the statistics are.
+    statistics: of the inputs that calibration has run, by name. formats: of every site; those of one weight have one.
+    random: on noise. spread: a map for pieces of work. device: where the statistics are.
     """
-    seen = {name: one for name, one in statistics.items() if one.tokens}
-    layers = _layers(group.sites)
-    pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(group.K, device)
-    formats = [_format(sites, recipe) for sites in layers]
-    readers = [
-        _reader(sites[0], _statistics_of(sites, seen, pooled), fmt, opened)
-        for sites, fmt in zip(layers, formats, strict=True)
-    ]
+    layers = layers_of(group)
+    seen, readers = _readers(layers, statistics, formats, opened, device)
     absorbers = absorbers_of(group, channels, bool(seen))
-    foldable = () if isinstance(absorbers, Refusal) else absorbers
-    if any(embedding.lookups(site) for site in group.sites):
-        choice = ScaleChoice(0.0, np.ones(group.K, np.float32), ())
-    else:
-        limits = _limits(group, foldable, _sources(group, channels), seen.values(), opened)
-        choice = search.search_scale(readers, formats[0], limits, spread)
-    round_with = partial(rounding.round_group, readers, fmt=formats[0], random=random, spread=spread)
+    choice = _choice(group, channels, seen, readers, recipe, opened, spread)
+    how = methods.rounding_of(recipe, random=random)
+    round_with = partial(rounding.round_group, readers, how=how, spread=spread)
     mul_loss, multiplied = None, False
-    if foldable:
+    if not isinstance(absorbers, Refusal):
         scale, rounded = round_with(choice.scale)
     else:
         scale, rounded = round_with(np.ones_like(choice.scale))
@@ -166,11 +158,87 @@ def search_group(
             multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
             scale, rounded = (divided_by, scaled) if multiplied else (scale, rounded)
     alpha = 0.0 if np.all(scale == 1) else choice.alpha
-    return Found(group, alpha, scale, layers, tuple(formats), tuple(rounded), bool(seen), mul_loss, multiplied)
+    used = tuple(reader.fmt for reader in readers)
+    return Found(group, alpha, scale, layers, used, tuple(rounded), bool(seen), mul_loss, multiplied)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A layer, rounded on few data: to see what each of several formats loses, and what that costs the output.
+
+    losses: about what each format loses, squared error over energy of what the layer makes. scale: float32 (K,), of
+    its input. rounded: in the first of the formats, `fmt`.
+    """
+
+    losses: tuple[float, ...]
+    scale: Float32
+    rounded: Rounded
+    fmt: Format
+
+
+def try_group(
+    group: Group,
+    channels: ChannelMap | Refusal | None,
+    statistics: Mapping[str, InputStatistics],
+    formats: Mapping[Site, Sequence[Format]],
+    recipe: Recipe,
+    opened: OpenedModel,
+    *,
+    random: bool = False,
+    spread: Spread = one_by_one,
+    device: Device = PROCESSOR,
+) -> dict[Site, Trial]:
+    """Round the weights of a group in the first format of each, with the scale that is best for that.
+
+    The other arguments are those of `search_group`.
+    """
+    layers = layers_of(group)
+    first = {site: some[0] for site, some in formats.items()}
+    seen, readers = _readers(layers, statistics, first, opened, device)
+    choice = _choice(group, channels, seen, readers, recipe, opened, spread)
+    folded = not isinstance(absorbers_of(group, channels, bool(seen)), Refusal)
+    how = methods.rounding_of(recipe, random=random)
+    scale, rounded = rounding.round_group(readers, choice.scale if folded else np.ones_like(choice.scale), how, spread)
+    return {
+        site: Trial(rounding.sampled_losses(reader, scale, formats[site], how.ranges), scale, one, reader.fmt)
+        for sites, reader, one in zip(layers, readers, rounded, strict=True)
+        for site in sites
+    }
+
+
+def _readers(
+    layers: Sequence[Sequence[Site]],
+    statistics: Mapping[str, InputStatistics],
+    formats: Mapping[Site, Format],
+    opened: OpenedModel,
+    device: Device,
+) -> tuple[dict[str, InputStatistics], list[Reader]]:
+    """The statistics of inputs that calibration has run; each weight with those of its own."""
+    seen = {name: one for name, one in statistics.items() if one.tokens}
+    pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(layers[0][0].K, device)
+    readers = [_reader(sites[0], _statistics_of(sites, seen, pooled), formats[sites[0]], opened) for sites in layers]
+    return seen, readers
+
+
+def _choice(
+    group: Group,
+    channels: ChannelMap | Refusal | None,
+    seen: Mapping[str, InputStatistics],
+    readers: Sequence[Reader],
+    recipe: Recipe,
+    opened: OpenedModel,
+    spread: Spread,
+) -> ScaleChoice:
+    if recipe.method in UNSCALED or any(embedding.lookups(site) for site in group.sites):
+        return ScaleChoice(0.0, np.ones(group.K, np.float32), ())
+    absorbers = absorbers_of(group, channels, bool(seen))
+    foldable = () if isinstance(absorbers, Refusal) else absorbers
+    limits = _limits(group, foldable, _sources(group, channels), seen.values(), opened)
+    return search.search_scale(readers, limits, spread, methods.candidates_of(recipe))
 
 
 def _reader(site: Site, statistics: InputStatistics, fmt: Format, opened: OpenedModel) -> Reader:
-    return Reader(_stored_weight(site, opened), statistics, site.head_size, fmt, site.factor)
+    return Reader(_stored_weight(site, opened), statistics, site.head_size, site.factor, fmt=fmt)
 
 
 def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> Entry:
@@ -190,8 +258,9 @@ def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> 
 
 
 def _write_layer(name: str, rounded: Rounded, fmt: Format, files: OutputFiles) -> Entry:
-    grid, zero_points = rounded.grid, None
-    codes = files.append(f"{name}.codes", rounded.codes)
+    packed, grid = codec.as_stored(rounded.codes, rounded.grid, fmt)
+    zero_points = None
+    codes = files.append(f"{name}.codes", packed)
     if not fmt.symmetric:
         zero_points = files.append(f"{name}.zero_points", codec.pack_zero_points(grid.zero_points, fmt.bits))
     return {
@@ -199,6 +268,7 @@ def _write_layer(name: str, rounded: Rounded, fmt: Format, files: OutputFiles) -
         "zero_points": zero_points and describe(zero_points),
         "scales": describe(files.keep(f"{name}.scales", grid.scales)),
         "bits": fmt.bits,
+        "block_size": fmt.stored_block_size,
         "loss": rounded.loss,
         "plain_loss": rounded.plain_loss,
         "energy": rounded.energy,
@@ -214,7 +284,7 @@ def result_of(
     sources = _sources(group, channels)
     results = {
         one.site: one
-        for sites, layer in zip(_layers(group.sites), entry["layers"], strict=True)
+        for sites, layer in zip(layers_of(group), entry["layers"], strict=True)
         for one in _layer_results(sites, layer, folder, names)
     }
     return GroupResult(
@@ -233,25 +303,20 @@ def _layer_results(sites: Sequence[Site], layer: Entry, folder: Path, names: Map
     """What was written of one weight, for every site that has it."""
     codes, scales = described(layer["codes"], folder), described(layer["scales"], folder)
     zero_points = layer["zero_points"] and described(layer["zero_points"], folder)
-    losses = {name: layer[name] for name in ("loss", "plain_loss", "energy")}
-    return [SiteResult(site, names[site], codes, scales, zero_points, layer["bits"], **losses) for site in sites]
+    numbers = {name: layer[name] for name in ("bits", "block_size", "loss", "plain_loss", "energy")}
+    return [SiteResult(site, names[site], codes, scales, zero_points, **numbers) for site in sites]
 
 
 def _sources(group: Group, channels: ChannelMap | Refusal | None) -> ChannelMap:
     return channels if isinstance(channels, np.ndarray) else np.arange(group.K)
 
 
-def _layers(sites: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
-    """The sites by their weight: those that share one are rounded once."""
+def layers_of(group: Group) -> tuple[tuple[Site, ...], ...]:
+    """Its sites by their weight: those that share one are rounded once."""
     layers: dict[tuple[ir.Value, bool, float, ir.DataType], list[Site]] = {}
-    for site in sites:
+    for site in group.sites:
         layers.setdefault((site.weight, site.transposed, site.factor, site.dtype), []).append(site)
     return tuple(tuple(together) for together in layers.values())
-
-
-def _format(sites: Sequence[Site], recipe: Recipe) -> Format:
-    bits = recipe.lm_head_bits if all(site.is_head for site in sites) else None
-    return Format(recipe.block_size, recipe.symmetric, np.dtype(sites[0].dtype.numpy()), bits or 4)
 
 
 def _statistics_of(

@@ -51,3 +51,8 @@ def size_bytes(text: str) -> int:
     if found is None or found[2] not in UNITS:
         raise ValueError(f"{text!r} is no size; write it like 500MB or 2GiB")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def size_text(size_bytes: int) -> str:
+    """For people: 183 MB, or 620 kB."""
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e7 else f"{size_bytes / 1e3:.0f} kB"

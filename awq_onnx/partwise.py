@@ -19,6 +19,7 @@ from awq_onnx import groups
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Saved, Segments, Statistics
+from awq_onnx.codec import Format
 from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.groups import Found, GroupResult
 from awq_onnx.output import OutputFiles
@@ -27,26 +28,26 @@ from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.sites import Refusal, Site
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel
-from awq_onnx.threads import Spread, Workers, usable_cores
+from awq_onnx.threads import LARGE, Spread, Workers, usable_cores
 
 Outputs = list[NDArray[np.generic]]
 
 GROUP, VALUES = "group", "values"  # what entries of the journal are called
 SAVE_EVERY_SECONDS = 60.0
 FORWARD = 0.5  # of the work, about; the rest is the search
-LARGE = 4096  # channels of an input whose matrices are worth all threads of BLAS
 
 
 @dataclass(frozen=True)
 class Partwise:
     """opened: the model whose weights are quantised. straight: the model to run. plan: its groups, in the order of the
-    results. maps: as from `channels.trace`. device: what runs the parts and searches.
+    results. maps: as from `channels.trace`. formats: of every site. device: what runs the parts and searches.
     """
 
     opened: OpenedModel
     straight: OpenedModel
     plan: Sequence[Group]
     maps: Mapping[Group, ChannelMap | Refusal]
+    formats: Mapping[Site, Format]
     recipe: Recipe
     files: OutputFiles
     budget_bytes: int
@@ -95,10 +96,11 @@ class Partwise:
 
     def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool) -> None:
         channels, recipe, opened, device = self.maps.get(group), self.recipe, self.opened, self.device
+        formats = {site: self.formats[site] for site in group.sites}
 
         def job(spread: Spread) -> Found:
             return groups.search_group(
-                group, channels, statistics, recipe, opened, random=random, spread=spread, device=device
+                group, channels, statistics, formats, recipe, opened, random=random, spread=spread, device=device
             )
 
         size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)

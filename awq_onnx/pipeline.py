@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,26 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from awq_onnx import codec, groups, partwise, report, resume, runtime, threads
+from awq_onnx import codec, groups, methods, partwise, report, resume, runtime, tables, targets, threads
 from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import Signature, shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
+from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
-from awq_onnx.machine import Machine
+from awq_onnx.machine import Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
 from awq_onnx.partwise import Outputs, Partwise
 from awq_onnx.passes import check, constants, embedding, fold, rewrite, sites
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
+from awq_onnx.passes.embedding import Table
 from awq_onnx.passes.experts import split_experts
 from awq_onnx.passes.facts import facts_of
 from awq_onnx.passes.inline import inline_functions
@@ -39,11 +41,12 @@ from awq_onnx.passes.names import Names
 from awq_onnx.passes.pointwise import write_as_matmuls
 from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
 from awq_onnx.progress import Progress, Silent
-from awq_onnx.recipe import Recipe
+from awq_onnx.recipe import Recipe, parse_override
 from awq_onnx.report import Report
 from awq_onnx.store import ModelSource, OpenedModel, open_model
+from awq_onnx.tables import TableResult
 
-CALIBRATION = "calibration"  # its entry in the journal
+CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
 SCALE_BYTES = 9  # of a block: its scale twice, its zero point
 COPIES = 3  # of a 4-bit model, about, in the session of an application
 
@@ -80,15 +83,22 @@ def quantize(
             run = _Run(opened, wanted, recipe, files, device, machine.budget_bytes, progress)
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
-            files.check_space(_estimated_bytes(opened, plan, recipe))
+            if recipe.chooses_formats:
+                targets.check(_items(plan, recipe), opened, recipe)
+            files.check_space(_estimated_bytes(opened, plan))
             if not files.done:
                 groups.check_weights(plan.survey.sites, opened)
             with meter.stage("calibration data"):
                 calibration_data = _calibration_data(run, calibration, tokenizer)
+            traced = _trace(run, plan, calibration_data)
+            if recipe.chooses_formats:
+                with meter.stage("choose formats"):
+                    plan = _to_target(run, plan, traced, outputs, calibration_data)
             with meter.stage("calibrate and search"):
-                results, expected = _search(run, plan, outputs, calibration_data)
+                results, expected = _search(run, plan, traced, outputs, calibration_data)
             with meter.stage("write"):
-                finished = _write(run, results)
+                packed_tables = _packed_tables(run, plan)
+                finished = _write(run, results, packed_tables)
             with meter.stage("measure"):
                 comparison = _measure(run, finished, outputs, expected, calibration_data)
             size_after_bytes = files.publish()
@@ -98,8 +108,9 @@ def quantize(
             recipe=recipe,
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
-            kept=plan.survey.kept,
-            notes=(*plan.notes, *_notes(plan)),
+            tables=tuple(map(report.table_report, packed_tables)),
+            kept=plan.kept,
+            notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes)),
             scaled_caches=_scaled_caches(results),
             size_before_bytes=opened.size_bytes,
             size_after_bytes=size_after_bytes,
@@ -126,10 +137,16 @@ class _Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done: every site, in groups that share a scale. notes: what was done to the graph to find them."""
+    """What will be done: every site, in groups that share a scale; the tables of embeddings, each with its format.
+
+    formats: of the sites. kept: what could be quantised and is not. notes: what was done to the graph to find them.
+    """
 
     survey: Survey
     groups: tuple[Group, ...]
+    formats: Mapping[Site, Format]
+    tables: tuple[tuple[Table, Format], ...]
+    kept: tuple[Refusal, ...]
     notes: tuple[str, ...]
 
 
@@ -139,7 +156,7 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
     Raises AlreadyQuantizedError, NothingToQuantizeError, RecipeError.
     """
     recipe = recipe or Recipe()
-    choice = Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None)
+    choice = Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None or recipe.has_target)
     notes = _brought_out(model, choice)
     quantized = sites.quantized_nodes(model.graph)
     if quantized:
@@ -154,7 +171,35 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
         raise NothingToQuantizeError(
             f"the model has no linear layer with a constant weight that can be quantised{kept}"
         )
-    return Plan(survey, find_groups(survey), notes)
+    chosen, refused = _tables(model.graph, survey, recipe)
+    found = find_groups(survey)
+    return Plan(survey, found, _formats(found, recipe), chosen, (*survey.kept, *refused), notes)
+
+
+def _formats(found: Sequence[Group], recipe: Recipe) -> dict[Site, Format]:
+    """Of every site; those that share a weight have that of the first."""
+    layers = [sites for group in found for sites in groups.layers_of(group)]
+    return {site: methods.format_of(sites[0], recipe) for sites in layers for site in sites}
+
+
+def _tables(graph: ir.Graph, survey: Survey, recipe: Recipe) -> tuple[tuple[tuple[Table, Format], ...], list[Refusal]]:
+    """The tables to quantise, and the reasons why others stay. A table that is a layer's weight goes with the layer."""
+    if recipe.embedding_bits is None and not recipe.has_target:
+        return (), []
+    packed = {site.tensor: site for site in survey.sites}
+    chosen, refused = [], []
+    for found in embedding.tables(graph):
+        layer = packed.get(found.tensor)
+        if layer is not None:
+            if not embedding.lookups(layer):
+                refused.append(Refusal(found.name, f"its table is the weight of {layer.name} in another form"))
+            continue
+        fmt = methods.format_of_table(found, recipe)
+        if found.reason is not None or fmt is None:
+            refused.append(Refusal(found.name, found.reason or f"its rows of {found.D} numbers fill no blocks"))
+        else:
+            chosen.append((found, fmt))
+    return tuple(chosen), refused
 
 
 def _brought_out(model: ir.Model, choice: Choice) -> tuple[str, ...]:
@@ -177,6 +222,12 @@ def _check_patterns(recipe: Recipe, survey: Survey) -> None:
         for pattern in patterns:
             if names and not any(sites.fits(name, pattern) for name in names):
                 raise RecipeError(f"{option} {pattern!r} fits no layer of the model; they have names like {names[0]}")
+    for text in recipe.override:
+        pattern = parse_override(text)[0]
+        if survey.sites and not any(sites.fits(site.name, pattern) for site in survey.sites):
+            kept = [one for one in survey.kept if sites.fits(one.what, pattern)]
+            why = f"{kept[0].what}: {kept[0].reason}" if kept else f"they have names like {names[0]}"
+            raise RecipeError(f"override {text!r} fits no layer that is quantised; {why}")
 
 
 def _calibration_data(run: _Run, calibration: Calibration, tokenizer: str | os.PathLike[str] | None) -> CalibrationData:
@@ -192,19 +243,64 @@ def _calibration_data(run: _Run, calibration: Calibration, tokenizer: str | os.P
     return loaded
 
 
-def _search(
-    run: _Run, plan: Plan, outputs: list[str], calibration_data: CalibrationData
-) -> tuple[list[GroupResult], list[Outputs]]:
-    """The results of all groups, and the `outputs` of the model for what is held out."""
+@dataclass(frozen=True)
+class _Traced:
+    """What is known before any part runs: the model along the branches that the data take, and where channels go."""
+
+    straight: OpenedModel
+    maps: Mapping[Group, ChannelMap | Refusal]
+
+
+def _trace(run: _Run, plan: Plan, calibration_data: CalibrationData) -> _Traced:
     runtime.give_back_memory()
     run.progress.stage("Tracing channels")
     straight = straighten(run.opened, plan.survey, calibration_data.feeds[0])
-    maps = trace_channels(plan, straight, calibration_data)
+    return _Traced(straight.opened, trace_channels(plan, straight, calibration_data))
+
+
+def _search(
+    run: _Run, plan: Plan, traced: _Traced, outputs: list[str], calibration_data: CalibrationData
+) -> tuple[list[GroupResult], list[Outputs]]:
+    """The results of all groups, and the `outputs` of the model for what is held out."""
     run.progress.stage("Calibrating and searching")
     parts = Partwise(
-        run.opened, straight.opened, plan.groups, maps, run.recipe, run.files, run.budget_bytes, run.device
+        run.opened,
+        traced.straight,
+        plan.groups,
+        traced.maps,
+        plan.formats,
+        run.recipe,
+        run.files,
+        run.budget_bytes,
+        run.device,
     )
     return parts.run(calibration_data, outputs, run.progress.advance)
+
+
+def _to_target(
+    run: _Run, plan: Plan, traced: _Traced, outputs: Sequence[str], calibration_data: CalibrationData
+) -> Plan:
+    """The plan with the formats that reach the target of the recipe."""
+    items = _items(plan, run.recipe)
+    if FORMATS not in run.files.done:
+        run.progress.stage("Choosing formats")
+        folder, budget_bytes, device = run.files.work, run.budget_bytes, run.device
+        setting = targets.Setting(
+            run.opened, traced.straight, traced.maps, run.recipe, run.wanted, outputs, folder, budget_bytes, device
+        )
+        with run.files.failures():
+            chosen = targets.choose(items, plan.groups, calibration_data, setting, run.progress.advance)
+        run.files.record(FORMATS, {"chosen": [item.formats.index(f) for item, f in zip(items, chosen, strict=True)]})
+    formats = [item.formats[at] for item, at in zip(items, run.files.done[FORMATS]["chosen"], strict=True)]
+    of_sites = {site: fmt for item, fmt in zip(items, formats, strict=True) for site in item.sites}
+    of_tables = tuple((item.table, fmt) for item, fmt in zip(items, formats, strict=True) if item.table)
+    plan = replace(plan, formats=of_sites, tables=of_tables)
+    run.files.check_space(_estimated_bytes(run.opened, plan))
+    return plan
+
+
+def _items(plan: Plan, recipe: Recipe) -> list[targets.Item]:
+    return targets.items_of(plan.groups, plan.formats, plan.tables, recipe)
 
 
 def trace_channels(
@@ -217,14 +313,31 @@ def trace_channels(
     return channels.trace(models, opened.folder, plan.groups, plan.survey, feed)
 
 
-def _write(run: _Run, results: Sequence[GroupResult]) -> Path:
+def _packed_tables(run: _Run, plan: Plan) -> list[TableResult]:
+    """The tables of embeddings, written."""
+    results = []
+    for number, (table, fmt) in enumerate(plan.tables):
+        name = f"table {number}"
+        if name not in run.files.done:
+            run.files.record(name, tables.write_table(table, fmt, run.opened, run.files))
+        results.append(tables.result_of(run.files.done[name], table, run.files.work))
+    return results
+
+
+def _write(run: _Run, results: Sequence[GroupResult], packed_tables: Sequence[TableResult]) -> Path:
     """The finished model, not yet in its place."""
     run.progress.stage("Writing the model")
-    _edit(run.opened, results, run.files, run.recipe)
+    _edit(run.opened, results, packed_tables, run.files, run.recipe)
     return run.files.write(run.opened.model)
 
 
-def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFiles, recipe: Recipe) -> None:
+def _edit(
+    opened: OpenedModel,
+    results: Sequence[GroupResult],
+    packed_tables: Sequence[TableResult],
+    files: OutputFiles,
+    recipe: Recipe,
+) -> None:
     """All changes to the graph, after everything about them is decided."""
     model = opened.model
     before = check.outline_of(model.graph)
@@ -238,12 +351,16 @@ def _edit(opened: OpenedModel, results: Sequence[GroupResult], files: OutputFile
                 model,
                 site.site,
                 _packed(site, divided.get(site.site), files, scales),
-                block_size=recipe.block_size,
+                block_size=site.block_size,
                 bits=site.bits,
                 accuracy_level=recipe.accuracy_level,
                 metadata=_metadata(result, site),
             )
             added += Counter({layer.op_type: 1}) + embedding.share(model, layer, gathers)
+    for one in packed_tables:
+        tensors = [one.codes, one.scales, one.zero_points]
+        looking_up = embedding.look_up(model.graph, one.table, tensors, one.bits, one.block_size)
+        added += Counter({"GatherBlockQuantized": looking_up})
     model.metadata_props["awq_onnx.version"] = __version__
     model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
     check.check(model.graph, before, added)
@@ -317,13 +434,16 @@ def _is_made(graph: ir.Graph, output: str) -> bool:
     return all(constants.stored(value) is None for value in graph.outputs if value.name == output)
 
 
-def _estimated_bytes(opened: OpenedModel, plan: Plan, recipe: Recipe) -> int:
+def _estimated_bytes(opened: OpenedModel, plan: Plan) -> int:
     """About what the output takes on the disk: what is not quantised, the packed weights, their scales twice."""
     weights = {id(site.tensor): site for site in plan.survey.sites}.values()
     before = sum(site.tensor.nbytes for site in weights)
-    packed = sum(site.K * site.N * (recipe.lm_head_bits or 4 if site.is_head else 4) // 8 for site in weights)
-    blocks = sum(-(-site.K // recipe.block_size) * site.N for site in weights)
-    return max(opened.size_bytes - before, 0) + packed + blocks * SCALE_BYTES
+    packed = 0
+    for site in weights:
+        fmt = plan.formats[site]
+        blocks = -(-site.K // fmt.stored_block_size)
+        packed += site.N * blocks * (fmt.stored_block_size * fmt.bits // 8 + SCALE_BYTES)
+    return max(opened.size_bytes - before, 0) + packed
 
 
 def _measure(
@@ -349,10 +469,13 @@ def _session_of(finished: Path, budget_bytes: int, device: Device) -> Any:
     return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False, providers=device.providers)
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: Plan, recipe: Recipe, size_after_bytes: int) -> list[str]:
+    notes = []
     if any(site.dtype == ir.DataType.BFLOAT16 for site in plan.survey.sites):
-        return ["onnxruntime runs bfloat16 on CUDA only; here the models were run and compared as float32"]
-    return []
+        notes.append("onnxruntime runs bfloat16 on CUDA only; here the models were run and compared as float32")
+    if recipe.target_size is not None and size_after_bytes > recipe.target_size:
+        notes.append(f"the model came out larger than the {size_text(recipe.target_size)} that were wanted")
+    return notes
 
 
 def _scaled_caches(results: Sequence[GroupResult]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
 from awq_onnx.groups import GroupResult, SiteResult
+from awq_onnx.machine import size_text
 from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.recipe import Recipe
+from awq_onnx.recipe import UNSCALED, WHOLE_COLUMN, Recipe
+from awq_onnx.tables import TableResult
 
 
 @dataclass(frozen=True)
 class MatMulReport:
-    """One quantised MatMul: K in, N out, `bits` a weight.
+    """One quantised MatMul: K in, N out, `bits` a weight, `block_size` weights with one scale.
 
     alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
     node that is ("norm gain", "MatMul", or a "Mul" that was added). Where there is none, reason: why, blocked_by:
@@ -33,6 +35,7 @@ class MatMulReport:
     K: int
     N: int
     bits: int
+    block_size: int
     alpha: float
     folded_into: str | None
     fold: str | None
@@ -41,6 +44,18 @@ class MatMulReport:
     mul_gain: float | None
     error: float
     plain_error: float
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """One quantised embedding (V, D). error: ||W - W'|| / ||W||."""
+
+    name: str
+    V: int
+    D: int
+    bits: int
+    block_size: int
+    error: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Report:
     recipe: Recipe
     calibration: str
     matmuls: tuple[MatMulReport, ...]
+    tables: tuple[TableReport, ...]
     kept: tuple[Refusal, ...]
     notes: tuple[str, ...]
     scaled_caches: int
@@ -72,6 +88,7 @@ class Report:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["recipe"] = self.recipe.to_dict()
         values["matmuls"] = [vars(one) for one in self.matmuls]
+        values["tables"] = [vars(one) for one in self.tables]
         values["kept"] = [vars(one) for one in self.kept]
         values["comparison"] = self.comparison.to_dict()
         values["seconds"] = dict(self.seconds)
@@ -83,12 +100,17 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""
         rows = [
-            ("Output", f"{self.output}, {_size(self.size_after_bytes)} (original {_size(self.size_before_bytes)})"),
-            ("Quantised", f"{_counts(self.matmuls)}, {_format(self.recipe)}"),
-            ("Scales", _scales(self.matmuls)),
+            (
+                "Output",
+                f"{self.output}, {size_text(self.size_after_bytes)} (original {size_text(self.size_before_bytes)})",
+            ),
+            ("Quantised", _formats(self.matmuls, self.recipe)),
+            *(("", f"{one.name} to {one.bits} bits, block size {one.block_size}") for one in self.tables),
+            ("Scales", _scales(self.matmuls, self.recipe)),
         ]
         rows += [("Left alone", text) for text in _grouped((one.reason, one.what) for one in self.kept)]
-        unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None)
+        searched = self.recipe.method not in UNSCALED
+        unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None and searched)
         rows += [("Not scaled", text) for text in _grouped(unscaled)]
         rows += [("", text) for text in _mul_advice(self.matmuls)]
         rows += [("Note", note) for note in self.notes]
@@ -113,6 +135,11 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     return tuple(matmul_report(result, site) for result in results for site in result.sites)
 
 
+def table_report(result: TableResult) -> TableReport:
+    table = result.table
+    return TableReport(table.name, table.V, table.D, result.bits, result.block_size, result.error)
+
+
 def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
     """The row of one MatMul of a group."""
     refusal = result.folded if isinstance(result.folded, Refusal) and not result.multiplied else None
@@ -121,6 +148,7 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
         K=site.site.K,
         N=site.site.N,
         bits=site.bits,
+        block_size=site.block_size,
         alpha=result.alpha,
         folded_into=_places(result),
         fold=_kind(result),
@@ -150,9 +178,11 @@ def _relative(loss: float, energy: float) -> float:
     return float(np.sqrt(max(loss, 0) / energy)) if energy > 0 else 0.0
 
 
-def _scales(matmuls: Iterable[MatMulReport]) -> str:
+def _scales(matmuls: Iterable[MatMulReport], recipe: Recipe) -> str:
     """How many MatMuls have their scale where."""
     folded = [one for one in matmuls if one.fold is not None]
+    if recipe.method in UNSCALED:
+        return f"none, as method {recipe.method} has it"
     if not folded:
         return "none could be folded; the weights are rounded as they are"
     counts = Counter(one.fold for one in folded)
@@ -204,25 +234,22 @@ def _output_error(comparison: Comparison) -> str:
     )
 
 
-def _counts(matmuls: Iterable[MatMulReport]) -> str:
-    """210 MatMuls to 4 bits, 1 to 8 bits."""
-    first, *others = sorted(Counter(one.bits for one in matmuls).items())
-    return ", ".join([f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)])
-
-
-def _format(recipe: Recipe) -> str:
+def _formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
+    """210 MatMuls to 4 bits, 1 to 8 bits, block size 32, with zero points, accuracy level 4."""
+    first, *others = Counter(one.bits for one in matmuls).most_common()
+    counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)]
+    sizes = sorted({one.block_size for one in matmuls})
+    blocks = f"block size{'s' * (len(sizes) > 1)} {', '.join(map(str, sizes))}"
+    if recipe.block_size == WHOLE_COLUMN and not recipe.chooses_formats:
+        blocks += ", most with a scale for each column"
     kind = "symmetric" if recipe.symmetric else "with zero points"
-    return f"block size {recipe.block_size}, {kind}, accuracy level {recipe.accuracy_level}"
+    return ", ".join([*counts, blocks, kind, f"accuracy level {recipe.accuracy_level}"])
 
 
 def _memory(report: Report) -> str:
     if report.peak_memory_bytes is None or report.resident_memory_bytes is None:
         return ""
     return (
-        f", peak memory {_size(report.peak_memory_bytes)} "
-        f"({_size(report.resident_memory_bytes)} with the pages of mapped files)"
+        f", peak memory {size_text(report.peak_memory_bytes)} "
+        f"({size_text(report.resident_memory_bytes)} with the pages of mapped files)"
     )
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e7 else f"{size_bytes / 1e3:.0f} kB"

@@ -1,9 +1,8 @@
 """Arrays in, codes out: the grid of every block, and every weight on its grid. Knows no graph.
 
-Each block's scale and integer zero point are refitted by weighted least squares (`refit`), in the place of the AWQ
-paper's clipping. Then the weights are rounded to that grid, with compensation for each other's errors where rows that
-calibration kept apart show that this helps (`awq_onnx.compensate`). What is reported, and the guard against ending
-worse than plain rounding, use the whole H.
+Each block gets its grid (`awq_onnx.grids`). Then the weights are rounded to it, with compensation for each other's
+errors where rows that calibration kept apart show that this helps (`awq_onnx.compensate`). What is reported, and the
+guard against ending worse than plain rounding, use the whole H.
 
 Columns of a weight do not depend on each other: they are worked on in strips, and no copy of a whole weight is made.
 
@@ -17,21 +16,34 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from awq_onnx import codec, compensate
+from awq_onnx import codec, compensate, grids
 from awq_onnx.arrays import beside, in_memory
 from awq_onnx.codec import Float32, Format, Grid, UInt8
 from awq_onnx.compensate import Compensation
+from awq_onnx.grids import CLIPPED, FITTED, WHOLE
 from awq_onnx.search import Reader, plain_error, share, slices
+from awq_onnx.statistics import InputStatistics
 from awq_onnx.threads import Spread, one_by_one
 
 STRIP = 1024  # columns rounded together: enough to make a step of compensation worth its call, few enough for memory
+SAMPLED = 128  # columns of a wider weight that several formats are tried on
 PIECE = 1 << 17  # weights worked on at once: with what goes with them they fit into a core's cache
-SHRINKS = (1.0, 0.9, 0.8, 0.7)
-ZERO_POINT_OFFSETS = (0, -1, 1)  # 0 first: where an input was dead all are equal, and the first one wins
-POLISHES = 2
 # What of the mean cost in a block is added to each: what matters here may matter less elsewhere, and what an error
 # costs where others make up for it is less uneven.
 FLATTENING, FLATTENING_COMPENSATED = 0.3, 1.0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights get onto a grid.
+
+    ranges: of the blocks, see `awq_onnx.grids`. compensate: whether errors are made up for, where that helps.
+    random: calibration ran on noise, see `compensate.find`.
+    """
+
+    ranges: str = FITTED
+    compensate: bool = True
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,22 +89,22 @@ class Rounded:
 
 
 def round_group(
-    readers: Sequence[Reader], scale: Float32, fmt: Format, *, random: bool = False, spread: Spread = one_by_one
+    readers: Sequence[Reader], scale: Float32, how: Rounding | None = None, spread: Spread = one_by_one
 ) -> tuple[Float32, list[Rounded]]:
     """Put s W on the best grid found for it, for the weights of all `readers`; the scale and the results.
 
     By the whole H no group ends worse than plain rounding without a scale: one that would gets s = 1, and a weight
-    whose refitted grid is worse than its plain one keeps the plain one. random: see `compensate.find`. spread: a map
+    whose grid is worse than its plain one keeps the plain one. how: by default fitted and compensated. spread: a map
     for pieces of work.
     """
-    rounded = _round_weights(readers, scale, fmt, random, spread)
+    how = how or Rounding()
+    rounded = _round_weights(readers, scale, how, spread)
     if total_loss(readers, rounded) <= total_loss(readers, rounded, plain=True):
         return scale, rounded
     unscaled = np.ones_like(scale)
-    rounded = _round_weights(readers, unscaled, fmt, random, spread)
+    rounded = _round_weights(readers, unscaled, how, spread)
     return unscaled, [
-        r if r.loss <= r.plain_loss else _plainly_rounded(reader, r, reader.fmt or fmt)
-        for r, reader in zip(rounded, readers, strict=True)
+        r if r.loss <= r.plain_loss else _plainly_rounded(reader, r) for r, reader in zip(rounded, readers, strict=True)
     ]
 
 
@@ -102,38 +114,40 @@ def total_loss(readers: Sequence[Reader], rounded: Sequence[Rounded], *, plain: 
     return sum(share(reader, readers) * loss for reader, loss in zip(readers, losses, strict=True))
 
 
-def _round_weights(
-    readers: Sequence[Reader], scale: Float32, fmt: Format, random: bool, spread: Spread
-) -> list[Rounded]:
+def _round_weights(readers: Sequence[Reader], scale: Float32, how: Rounding, spread: Spread) -> list[Rounded]:
     """One input after the other: how to compensate takes as much memory as its H."""
     rounded: dict[int, Rounded] = {}
     for statistics in {id(reader.statistics): reader.statistics for reader in readers}.values():
-        compensation = compensate.find(statistics, scale, random=random)
+        compensation = compensate.find(statistics, scale, random=how.random) if how.compensate else None
         for at, reader in enumerate(readers):
             if reader.statistics is statistics:
-                rounded[at] = _round_weight(reader, scale, reader.fmt or fmt, compensation, spread)
+                rounded[at] = _round_weight(reader, scale, how.ranges, compensation, spread)
     return [rounded[at] for at in range(len(readers))]
 
 
 def _round_weight(
-    reader: Reader, scale: Float32, fmt: Format, compensation: Compensation | None, spread: Spread
+    reader: Reader, scale: Float32, ranges: str, compensation: Compensation | None, spread: Spread
 ) -> Rounded:
     _ = reader.emphasis  # once, before threads ask for it
-    strips = slices(reader.N, STRIP)
-    return Rounded.joined(list(spread(lambda strip: _round_strip(reader, strip, scale, fmt, compensation), strips)))
+    grids_of = _Grids(ranges, reader.statistics, scale, reader.fmt, compensated=compensation is not None)
+
+    def work(strip: slice) -> Rounded:
+        return _round_strip(reader, strip, scale, grids_of, compensation)
+
+    return Rounded.joined(list(spread(work, slices(reader.N, STRIP))))
 
 
 def _round_strip(
-    reader: Reader, strip: slice, scale: Float32, fmt: Format, compensation: Compensation | None
+    reader: Reader, strip: slice, scale: Float32, grids_of: _Grids, compensation: Compensation | None
 ) -> Rounded:
     """Some columns of a weight."""
-    weight, statistics = reader.columns(strip), reader.statistics
+    weight, statistics, fmt = reader.columns(strip), reader.statistics, reader.fmt
     energy = statistics.loss(reader.emphasized(weight.copy(), strip) if reader.emphasis is not None else weight)
     plain_loss = statistics.loss(reader.emphasized(_plain_error(weight, fmt), strip))
     factors = beside(scale[:, None], weight)
     scaled = weight * factors
     del weight
-    grid, codes = _refit_columns(scaled, _costs(statistics.diagonal, scale, fmt, compensation), fmt)
+    grid, codes = grids_of.find(scaled)
     if compensation is not None:
         del codes
         codes = compensate.round_weight(scaled, grid, fmt.block_size, compensation)
@@ -143,24 +157,54 @@ def _round_strip(
     return Rounded.of(codes, grid, loss, plain_loss, energy)
 
 
-def _costs(diagonal: Float32, scale: Float32, fmt: Format, compensation: Compensation | None) -> Float32:
-    """What an error in each row of s W costs, flattened within each block: float32 (G, b, 1)."""
-    cost = np.divide(diagonal, np.square(scale), dtype=np.float32)
-    h = codec.to_blocks(cost[:, None], fmt.block_size)
-    flattening = np.float32(FLATTENING_COMPENSATED if compensation else FLATTENING)
-    flattened: Float32 = h + flattening * h.mean(axis=1, keepdims=True)
-    return flattened
+def sampled_losses(reader: Reader, scale: Float32, formats: Sequence[Format], ranges: str) -> tuple[float, ...]:
+    """About what rounding to the nearest loses in each format: squared error over energy, from some columns."""
+    some = np.arange(0, reader.N, -(-reader.N // SAMPLED))
+    weight, statistics = reader.columns(some), reader.statistics
+    energy = float(statistics.column_energy(weight).sum())
+    losses = []
+    for fmt in formats:
+        scaled = weight * beside(scale[:, None], weight)
+        grid, codes = _Grids(ranges, statistics, scale, fmt, compensated=False).find(scaled)
+        error = codec.from_blocks(codec.dequantize(codes, grid), reader.K) - scaled
+        losses.append(float(statistics.column_energy(error, scale).sum()) / energy if energy > 0 else 0.0)
+    return tuple(losses)
 
 
-def _refit_columns(scaled: Float32, h: Float32, fmt: Format) -> tuple[Grid, Float32]:
-    """The grid of s W (K, n), and the codes of plain rounding on it, less their zero points: float32 (G, b, n)."""
-    blocks, h = codec.to_blocks(scaled, fmt.block_size), beside(h, scaled)
-    codes = np.empty_like(blocks)
-    scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32, like=blocks)
-    for some in _pieces(blocks):
-        codes[some], grid = refit(blocks[some], h[some], fmt)
-        scales[some], zero_points[some] = grid.scales, grid.zero_points
-    return Grid(scales, zero_points, fmt.bits), codes
+class _Grids:
+    """Finds the grid of some columns of s W."""
+
+    def __init__(
+        self, ranges: str, statistics: InputStatistics, scale: Float32, fmt: Format, *, compensated: bool
+    ) -> None:
+        self.fmt = fmt
+        self._ranges = ranges
+        if ranges == FITTED:
+            cost = np.divide(statistics.diagonal, np.square(scale), dtype=np.float32)
+            h = codec.to_blocks(cost[:, None], fmt.block_size)
+            flattening = np.float32(FLATTENING_COMPENSATED if compensated else FLATTENING)
+            self._weights = beside(h + flattening * h.mean(axis=1, keepdims=True), statistics.second_moment)
+        elif ranges == CLIPPED:
+            self._weights = statistics.block_moments(scale, fmt.block_size)
+
+    def find(self, scaled: Float32) -> tuple[Grid, Float32]:
+        """The grid of s W (K, n), and the codes of plain rounding on it, less their zero points: (G, b, n)."""
+        blocks = codec.to_blocks(scaled, self.fmt.block_size)
+        codes = np.empty_like(blocks)
+        scales, zero_points = np.empty((2, blocks.shape[0], blocks.shape[2]), np.float32, like=blocks)
+        for some in _pieces(blocks):
+            codes[some], grid = self._find(blocks[some], some)
+            scales[some], zero_points[some] = grid.scales, grid.zero_points
+        return Grid(scales, zero_points, self.fmt.bits), codes
+
+    def _find(self, blocks: Float32, which: slice) -> tuple[Float32, Grid]:
+        if self._ranges == FITTED:
+            return grids.fit(blocks, self._weights[which], self.fmt)
+        if self._ranges == CLIPPED:
+            return grids.clip(blocks, self._weights[which], self.fmt)
+        assert self._ranges == WHOLE
+        grid = codec.minmax_grid(blocks, self.fmt)
+        return codec.centred_codes(blocks, grid), grid
 
 
 def _plain_error(weight: Float32, fmt: Format) -> Float32:
@@ -177,7 +221,9 @@ def _pieces(blocks: Float32) -> list[slice]:
     return slices(len(blocks), max(1, PIECE // (blocks.shape[1] * blocks.shape[2])))
 
 
-def _plainly_rounded(reader: Reader, refitted: Rounded, fmt: Format) -> Rounded:
+def _plainly_rounded(reader: Reader, refitted: Rounded) -> Rounded:
+    fmt = reader.fmt
+
     def work(strip: slice) -> Rounded:
         blocks = codec.to_blocks(reader.columns(strip), fmt.block_size)
         grid = codec.minmax_grid(blocks, fmt)
@@ -185,48 +231,3 @@ def _plainly_rounded(reader: Reader, refitted: Rounded, fmt: Format) -> Rounded:
 
     plain = Rounded.joined([work(strip) for strip in slices(reader.N, STRIP)])
     return replace(refitted, codes=plain.codes, grid=plain.grid, loss=refitted.plain_loss)
-
-
-def refit(blocks: Float32, h: Float32, fmt: Format) -> tuple[Float32, Grid]:
-    """Codes (less zero points) and grid of `blocks` (G, b, n) that minimise each block's sum of h e^2.
-
-    h: what an error on each row costs, (G, b, 1); for s W it is diag(H) / s^2. From every pair of a shrunk range
-    and a shifted integer zero point: round, take the scale that is the weighted least-squares fit to these
-    integers. The best of all is rounded and fitted again, `POLISHES` times; neither can make it worse.
-    """
-    start = codec.minmax_grid(blocks, fmt)
-    weighted = h * blocks  # (G, b, n)
-    codes, scratch = np.empty_like(blocks), np.empty_like(blocks)
-    best = replace(start, scales=start.scales.copy(), zero_points=start.zero_points.copy())
-    best_gain = np.full_like(start.scales, -np.inf)  # (G, n)
-    for offset in (0,) if fmt.symmetric else ZERO_POINT_OFFSETS:
-        zero_points = np.clip(start.zero_points + offset, 0, codec.max_code(fmt.bits))
-        for shrink in SHRINKS:
-            shrunk = codec.round_scales(start.scales * np.float32(shrink), fmt.scale_dtype)
-            first = Grid(shrunk, zero_points, fmt.bits)
-            along, power = _moments(codec.centred_codes(blocks, first, out=codes), weighted, h, scratch)
-            scales = _fitted_scales(along, power, first.scales, fmt)
-            gain = scales * (2 * along - scales * power)  # how far sum h w^2 falls
-            better = gain > best_gain
-            np.copyto(best_gain, gain, where=better)
-            np.copyto(best.scales, scales, where=better)
-            np.copyto(best.zero_points, zero_points, where=better)
-    for _ in range(POLISHES):
-        along, power = _moments(codec.centred_codes(blocks, best, out=codes), weighted, h, scratch)
-        best = replace(best, scales=_fitted_scales(along, power, best.scales, fmt))
-    return codes, best
-
-
-def _moments(centred: Float32, weighted: Float32, h: Float32, scratch: Float32) -> tuple[Float32, Float32]:
-    """sum h t w and sum h t^2 of each block, t the centred codes: (G, n) each."""
-    along = np.multiply(centred, weighted, out=scratch).sum(axis=1)
-    np.multiply(centred, centred, out=scratch)
-    power = np.multiply(scratch, h, out=scratch).sum(axis=1)
-    return along, power
-
-
-def _fitted_scales(along: Float32, power: Float32, fallback: Float32, fmt: Format) -> Float32:
-    """argmin over a of sum h (w - a t)^2 = sum h t w / sum h t^2 per block; `fallback` where that is undefined."""
-    fitted = np.where(power > 0, along / np.where(power > 0, power, np.float32(1)), fallback)
-    fitted = codec.round_scales(fitted, fmt.scale_dtype)
-    return np.where(np.isfinite(fitted) & (fitted * fallback > 0), fitted, fallback)

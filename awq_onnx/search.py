@@ -10,7 +10,8 @@ Where this departs from the paper:
   hundredth of the arithmetic.
 * alpha runs over 0, 0.05 .. 1 with both ends; first on some columns of a wide weight, then on all of
   them from the best one downhill.
-* Clipping is left to what comes after, see `awq_onnx.rounding`.
+* Beside formula (4) there are others, see `FORMULAS`.
+* Clipping is left to what comes after, see `awq_onnx.grids`.
 
 Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
 """
@@ -18,7 +19,7 @@ Shapes: K in, N out, G blocks of b; weights are float32 (K, N).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -32,10 +33,14 @@ from awq_onnx.statistics import InputStatistics, IntArray, mean_of
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
+# s = mean|x|^alpha: AWQ. max|x|^alpha / max|w|^(1 - alpha): SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, (4)).
+# mean|x|^alpha / mean(|w| / max|w| of its block)^(1 - alpha): AWQ as AutoAWQ has it. alpha 0 is no scale, in all.
+MEAN, MAX, WEIGHTS = FORMULAS = ("mean", "max", "weights")
 SAMPLED = 256  # columns of a wider weight that every alpha is tried on
 FINALISTS = 3  # alphas that are then tried on all
 SLICE = 256  # columns worked on at once: they fit into a core's cache
 SMALLEST_SCALE = 1e-4
+SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
 
 Columns: TypeAlias = "slice | IntArray"
@@ -47,15 +52,19 @@ class Reader:
 
     weight: (K, N) of any float dtype, it may be a view of a file; times `factor`. head_size: how many neighbouring
     columns are normalised together right after (q_norm, k_norm), None where that is not so. An error then counts
-    relative to what such a head carries: however small that is, the norm brings it to the size of all others. fmt: its
-    own, where the layers of one scale differ.
+    relative to what such a head carries: however small that is, the norm brings it to the size of all others. fmt: of
+    its codes.
     """
 
     weight: NDArray[Any]
     statistics: InputStatistics
     head_size: int | None = None
-    fmt: Format | None = None
     factor: float = 1.0
+    fmt: Format = field(kw_only=True)
+
+    @property
+    def K(self) -> int:
+        return int(self.weight.shape[0])
 
     @property
     def N(self) -> int:
@@ -86,16 +95,29 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Which scales are tried. formulas: of `FORMULAS`. alpha: the only exponent beside 0, None: all of `ALPHAS`."""
+
+    formulas: tuple[str, ...] = (MEAN,)
+    alpha: float | None = None
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        return ALPHAS if self.alpha is None else tuple(sorted({0.0, self.alpha}))
+
+
+@dataclass(frozen=True)
 class ScaleChoice:
     """The scale of the inputs of a group: x / s, s W.
 
-    alpha: the exponent. scale: s, float32 (K,). losses: the estimated loss of plain rounding at each of `ALPHAS`
-    (infinite where a candidate was not tried), summed over all readers.
+    formula, alpha: what it was made with. scale: s, float32 (K,). losses: the estimated loss of plain rounding at each
+    alpha (infinite where that was not tried), summed over all readers.
     """
 
     alpha: float
     scale: Float32
     losses: tuple[float, ...]
+    formula: str = MEAN
 
     @property
     def gain(self) -> float:
@@ -116,36 +138,64 @@ class ScaleLimits:
 
 
 def search_scale(
-    readers: Sequence[Reader], fmt: Format, limits: ScaleLimits | None = None, spread: Spread = one_by_one
+    readers: Sequence[Reader],
+    limits: ScaleLimits | None = None,
+    spread: Spread = one_by_one,
+    candidates: Candidates | None = None,
 ) -> ScaleChoice:
     """The scale with the smallest estimated loss, summed over all `readers` by the tokens they saw.
 
     alpha = 0 is s = 1 and among the candidates, so no choice is worse than no scale. spread: a map for pieces of work.
     """
-    limits = limits or ScaleLimits()
-    distinct = {id(reader.statistics): reader.statistics for reader in readers}
-    act_mean = mean_of(list(distinct.values()))
-    scales = [candidate_scale(act_mean, alpha, limits) for alpha in ALPHAS]
+    limits, candidates = limits or ScaleLimits(), candidates or Candidates()
+    losses = _Losses(readers, spread)
+    choices = []
+    for formula in candidates.formulas:
+        base = Base.of(formula, readers)
+        scales = [base.scale(alpha, limits) for alpha in candidates.alphas]
+        found = losses.searched(scales)
+        best = int(np.argmin(found))
+        choices.append(ScaleChoice(candidates.alphas[best], scales[best], tuple(found.tolist()), formula))
+    return min(choices, key=lambda choice: min(choice.losses))
 
-    def losses_at(tried: Sequence[int]) -> NDArray[np.float64]:
-        some = [scales[index] for index in tried]
-        return total([_column_losses(r, some, fmt, _all(r.N), spread).sum(axis=1) for r in readers])
 
-    def total(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+class _Losses:
+    """What scales lose, over all readers."""
+
+    def __init__(self, readers: Sequence[Reader], spread: Spread) -> None:
+        self._readers, self._spread = readers, spread
+
+    def searched(self, scales: Sequence[Float32]) -> NDArray[np.float64]:
+        """The losses of scales of which the first is 1 and neighbours lose nearly the same: float64 (len(scales),).
+
+        Where there are many columns, infinite for those that a look at some of these ruled out.
+        """
+        if len(scales) < FINALISTS or all(reader.N <= SAMPLED for reader in self._readers):
+            return self._of(scales)
+        unscaled, readers = self._unscaled, self._readers
+        rough = self._total(
+            [_sampled_losses(*one, scales, self._spread) for one in zip(readers, unscaled, strict=True)]
+        )
+        losses = np.full(len(scales), np.inf)
+        losses[0] = self._total([plain.sum() for plain in unscaled])
+        starts = np.argsort(rough, kind="stable")[:FINALISTS].tolist()
+        _descend(losses, starts, lambda tried: self._of([scales[index] for index in tried]))
+        return losses
+
+    @cached_property
+    def _unscaled(self) -> list[NDArray[np.float64]]:
+        """What each column of each reader loses without a scale."""
+        ones = [np.ones(self._readers[0].K, np.float32)]
+        return [_column_losses(r, ones, _all(r.N), self._spread)[0] for r in self._readers]
+
+    def _of(self, scales: Sequence[Float32]) -> NDArray[np.float64]:
+        return self._total([_column_losses(r, scales, _all(r.N), self._spread).sum(axis=1) for r in self._readers])
+
+    def _total(self, parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Of what each reader loses."""
+        readers = self._readers
         summed = np.sum([share(r, readers) * part for r, part in zip(readers, parts, strict=True)], axis=0)
         return np.where(np.isfinite(summed), summed, np.inf)
-
-    if all(reader.N <= SAMPLED for reader in readers):
-        losses = losses_at(range(len(ALPHAS)))
-    else:
-        unscaled = [_column_losses(r, scales[:1], fmt, _all(r.N), spread)[0] for r in readers]
-        rough = total([_sampled_losses(*one, scales, fmt, spread) for one in zip(readers, unscaled, strict=True)])
-        losses = np.full(len(ALPHAS), np.inf)
-        losses[0] = total([plain.sum() for plain in unscaled])
-        _descend(losses, np.argsort(rough, kind="stable")[:FINALISTS].tolist(), losses_at)
-    best = int(np.argmin(losses))
-    return ScaleChoice(ALPHAS[best], scales[best], tuple(losses.tolist()))
 
 
 def _descend(
@@ -168,7 +218,7 @@ def _descend(
 
 
 def _sampled_losses(
-    reader: Reader, unscaled: NDArray[np.float64], scales: Sequence[Float32], fmt: Format, spread: Spread
+    reader: Reader, unscaled: NDArray[np.float64], scales: Sequence[Float32], spread: Spread
 ) -> NDArray[np.float64]:
     """About the loss at each scale: float64 (len(scales),). From the columns that lose most without one, and some more.
 
@@ -176,22 +226,22 @@ def _sampled_losses(
     mislead.
     """
     if reader.N <= SAMPLED:
-        everywhere: NDArray[np.float64] = _column_losses(reader, scales, fmt, _all(reader.N), spread).sum(axis=1)
+        everywhere: NDArray[np.float64] = _column_losses(reader, scales, _all(reader.N), spread).sum(axis=1)
         return everywhere
     order = np.argsort(-unscaled, kind="stable")
     loud, quiet = order[: SAMPLED // 2], order[SAMPLED // 2 :]
     some = quiet[:: -(-quiet.size // (SAMPLED // 2))]  # as loud as all of them
-    losses = _column_losses(reader, scales, fmt, [loud, some], spread)  # (scales, columns)
+    losses = _column_losses(reader, scales, [loud, some], spread)  # (scales, columns)
     rest = losses[:, loud.size :].sum(axis=1) * (quiet.size / some.size)
     estimated: NDArray[np.float64] = rest + losses[:, : loud.size].sum(axis=1)
     return estimated
 
 
 def _column_losses(
-    reader: Reader, scales: Sequence[Float32], fmt: Format, columns: Iterable[Columns], spread: Spread
+    reader: Reader, scales: Sequence[Float32], columns: Iterable[Columns], spread: Spread
 ) -> NDArray[np.float64]:
     """The estimated loss of some columns of s W on its min-max grid, for each s: float64 (len(scales), columns)."""
-    statistics, fmt = reader.statistics, reader.fmt or fmt
+    statistics, fmt = reader.statistics, reader.fmt
     _ = statistics.principal, reader.emphasis  # once, before threads ask for them
 
     rows = [beside(_rows(scale, fmt.block_size), statistics.second_moment) for scale in scales]
@@ -227,24 +277,76 @@ def share(reader: Reader, readers: Sequence[Reader]) -> float:
     return reader.statistics.tokens / most if most else 1.0
 
 
-def candidate_scale(act_mean: Float32, alpha: float, limits: ScaleLimits) -> Float32:
-    """s = mean|x|^alpha over the geometric middle of its range: float32 (K,), finite, positive; all 1 at alpha 0.
+@dataclass(frozen=True)
+class Base:
+    """What a scale is made of: s = activations^alpha / weights^(1 - alpha), over the geometric middle of its range.
 
-    A channel that never carried anything takes the smallest mean of those that did.
+    activations, weights: float32 (K,); weights None: 1.
     """
-    mean = act_mean.astype(np.float64)
-    live = mean > 0
-    if alpha == 0 or not live.any():
-        return np.ones(act_mean.shape, np.float32)
-    mean = np.where(live, mean, mean[live].min())
-    if limits.tie is not None:
-        mean = (np.bincount(limits.tie, mean) / np.maximum(np.bincount(limits.tie), 1))[limits.tie]
-    scale = mean**alpha
-    scale /= np.sqrt(scale.max() * scale.min())
-    scale = np.maximum(np.where(np.isfinite(scale), scale, 1), SMALLEST_SCALE)
-    if limits.smallest is not None:
-        scale = np.maximum(scale, limits.smallest)
-    return scale.astype(np.float32)
+
+    activations: Float32
+    weights: Float32 | None = None
+
+    @classmethod
+    def of(cls, formula: str, readers: Sequence[Reader]) -> Base:
+        """formula: of `FORMULAS`."""
+        seen = list({id(reader.statistics): reader.statistics for reader in readers}.values())
+        if formula == MEAN:
+            return cls(mean_of(seen))
+        if formula == MAX:
+            largest = np.max([one.act_max for one in seen], axis=0)
+            return cls(largest, np.max([_magnitudes(reader) for reader in readers], axis=0))
+        assert formula == WEIGHTS
+        shares = [_shares(reader) for reader in readers]
+        return cls(mean_of(seen), np.average(shares, axis=0, weights=[reader.N for reader in readers]))
+
+    def scale(self, alpha: float, limits: ScaleLimits) -> Float32:
+        """float32 (K,), finite, positive; all 1 at alpha 0.
+
+        A channel that never carried anything takes the smallest number of those that did.
+        """
+        if alpha == 0 or not (self.activations > 0).any():
+            return np.ones(self.activations.shape, np.float32)
+        scale = _tied(_live(self.activations), limits.tie) ** alpha
+        if self.weights is not None and (self.weights > 0).any():
+            scale /= _tied(_live(self.weights), limits.tie) ** (1 - alpha)
+        scale /= np.sqrt(scale.max() * scale.min())
+        scale = np.maximum(np.where(np.isfinite(scale), scale, 1), SMALLEST_SCALE)
+        if limits.smallest is not None:
+            scale = np.maximum(scale, limits.smallest)
+        return scale.astype(np.float32)
+
+
+def _live(magnitudes: Float32) -> NDArray[np.float64]:
+    """Float64, the smallest positive one in the place of 0."""
+    values = magnitudes.astype(np.float64)
+    live = values > 0
+    return np.where(live, values, values[live].min())
+
+
+def _tied(values: NDArray[np.float64], tie: IntArray | None) -> NDArray[np.float64]:
+    """The mean of all channels that must share one scale."""
+    if tie is None:
+        return values
+    means: NDArray[np.float64] = (np.bincount(tie, values) / np.maximum(np.bincount(tie), 1))[tie]
+    return means
+
+
+def _magnitudes(reader: Reader) -> Float32:
+    """max|w| of each row: float32 (K,)."""
+    largest: Float32 = np.max([in_memory(np.abs(reader.columns(some)).max(axis=1)) for some in _all(reader.N)], axis=0)
+    return largest
+
+
+def _shares(reader: Reader) -> Float32:
+    """mean over N of |w| / max|w| of its block: float32 (K,)."""
+    total = np.zeros(reader.K, np.float64)
+    for some in _all(reader.N):
+        blocks = np.abs(codec.to_blocks(reader.columns(some), reader.fmt.block_size))
+        blocks /= np.maximum(blocks.max(axis=1, keepdims=True), np.float32(SMALLEST_NORMAL))
+        total += in_memory(codec.from_blocks(blocks, reader.K).sum(axis=1))
+    shares: Float32 = (total / reader.N).astype(np.float32)
+    return shares
 
 
 def plain_error(blocks: Float32, fmt: Format, out: Float32) -> Float32:

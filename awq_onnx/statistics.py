@@ -72,6 +72,14 @@ class InputStatistics:
     def diagonal(self) -> Float32:
         return np.ascontiguousarray(in_memory(np.diagonal(self.second_moment)))
 
+    def block_moments(self, scale: Float32, block_size: int) -> Float32:
+        """The diagonal blocks of H over s s', 0 for the padding of the last one: float32 (G, b, b)."""
+        inverse, moments = beside(np.reciprocal(scale), self.second_moment), []
+        for start, stop in runs(len(scale), block_size):
+            within = self.second_moment[start:stop, start:stop] * inverse[start:stop] * inverse[start:stop, None]
+            moments.append(np.pad(within, (0, block_size - (stop - start))))
+        return np.stack(moments)
+
     def loss(self, error: Float32) -> float:
         """tr(E' H E) of an error E (K, N): the mean squared error of a token's output, summed over N."""
         return quadratic(self.second_moment, error)

@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+LARGE = 4096  # rows of a matrix that is worth all threads of BLAS
+
+
 class Spread(Protocol):
     """A map: results in order, work perhaps side by side."""
 

@@ -1,6 +1,6 @@
 """Quality at equal size: awq-onnx against onnxruntime's round-to-nearest (RTN), on trained models, in one run.
 
-    python benchmarks/quality.py [--model smollm2 gpt2 bert ...] [--windows 24] [--block-sizes 32 128]
+    python benchmarks/quality.py [--model smollm2 gpt2 bert ...] [--quality fast default best] [--block-sizes 32 128]
 
 The loss of a language model is KL(original || int4) in nats, mean over tokens; of an encoder 1 - cosine, mean over what
 its outputs hold for every token (and for a whole text, where it has such an output). Both tools quantise exactly the
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,13 @@ from numpy.typing import NDArray
 
 import awq_onnx
 from awq_onnx import Comparison, Report
+from awq_onnx.recipe import DEFAULT, QUALITIES
 
 LENGTH = 256
 ENCODERS = ("bert", "paraphrase")
+HEADER = """\
+| model | loss, mean +-SE | median | / RTN | perplexity | top-1 | size | seconds |
+|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,13 @@ def held_out(name: str, model: Path, windows: int) -> NDArray[np.int64]:
     return samples[::2]
 
 
-def variants(name: str) -> dict[str, dict[str, Any]]:
+def variants(name: str, qualities: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What awq-onnx is run with, besides the block size: settings, or `calibration`."""
+    presets = {f"awq-onnx {one}": {"quality": one} for one in qualities}
     if name not in ENCODERS:
-        return {"awq-onnx": {}}
+        return presets
     return {
-        "awq-onnx": {},
+        **presets,
         "awq-onnx --allow-mul": {"allow_mul": True},
         "awq-onnx, text": {"calibration": [other_text()]},
     }
@@ -89,7 +95,7 @@ def ratio_with_error(ours: Measured, theirs: Measured) -> tuple[float, float]:
     return float(a.mean() / b.mean()), float((a[picks].mean(axis=1) / b[picks].mean(axis=1)).std())
 
 
-def row(name: str, one: Measured, ratio: str) -> str:
+def row(name: str, one: Measured, ratio: str, seconds: str) -> str:
     digits = 4 if one.comparison.kl_mean is not None else 6
     mean, error, median = (
         f"{value:.{digits}f}"
@@ -98,35 +104,37 @@ def row(name: str, one: Measured, ratio: str) -> str:
     perplexity, top1 = one.comparison.perplexity_quantized, one.comparison.top1
     return (
         f"| {name} | {mean} +-{error} | {median} | {ratio} | {'-' if perplexity is None else f'{perplexity:.2f}'} "
-        f"| {'-' if top1 is None else f'{top1:.1%}'} | {one.size / 1e6:.0f} MB |"
+        f"| {'-' if top1 is None else f'{top1:.1%}'} | {one.size / 1e6:.1f} MB | {seconds} |"
     )
 
 
-def rows(name: str, windows: int, block_sizes: list[int]) -> Iterator[str]:
+def rows(name: str, windows: int, block_sizes: Sequence[int], qualities: Sequence[str]) -> Iterator[str]:
     """Of one model: RTN and each variant of awq-onnx, at every block size and accuracy level."""
     model = trained_model(name)
     ids = held_out(name, model, windows)
     perplexity = None
     for block_size in block_sizes:
         theirs: dict[int, Measured] = {}
-        for variant, settings in variants(name).items():
+        for variant, settings in variants(name, qualities).items():
             with tempfile.TemporaryDirectory() as folder:
                 output, rtn = Path(folder) / "ours.onnx", Path(folder) / "rtn.onnx"
+                start = time.perf_counter()
                 report = quantize(model, output, block_size, settings)
+                seconds = time.perf_counter() - start
                 for level in (0, 4):
                     of = f"{name}: {{}}, block {block_size}, level {level}"
                     if level not in theirs:
                         ort_rtn(model, rtn, block_size, level, [one.what for one in report.kept])
                         assert count_quantized(rtn) == len(report.matmuls), "the two tools chose different layers"
                         theirs[level] = measure(model, rtn, ids)
-                        yield row(of.format("ORT RTN"), theirs[level], "-")
+                        yield row(of.format("ORT RTN"), theirs[level], "-", "-")
                     with_accuracy_level(output, output, level)
                     ours = measure(model, output, ids)
                     ratio, error = ratio_with_error(ours, theirs[level])
-                    yield row(of.format(variant), ours, f"{ratio:.3f} +-{error:.3f}")
+                    yield row(of.format(variant), ours, f"{ratio:.3f} +-{error:.3f}", f"{seconds:.0f}")
                     perplexity = ours.comparison.perplexity_original
     if perplexity is not None:
-        yield f"| {name}: the original | 0 | 0 | - | {perplexity:.2f} | 100% | {size_bytes(model) / 1e6:.0f} MB |"
+        yield f"| {name}: the original | 0 | 0 | - | {perplexity:.2f} | 100% | {size_bytes(model) / 1e6:.1f} MB | - |"
 
 
 def main() -> None:
@@ -134,11 +142,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["smollm2"], choices=[*RECIPES, "all"], help="which (smollm2)")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--quality", nargs="+", default=[DEFAULT], choices=QUALITIES, help="presets of awq-onnx")
     arguments = parser.parse_args()
     print(f"{arguments.windows} windows x {LENGTH} tokens, awq-onnx {awq_onnx.__version__}\n")
-    print("| model | loss, mean +-SE | median | / RTN | perplexity | top-1 | size |\n|---|---|---|---|---|---|---|")
+    print(HEADER)
     for name in RECIPES if "all" in arguments.model else arguments.model:
-        for line in rows(name, arguments.windows, arguments.block_sizes):
+        for line in rows(name, arguments.windows, arguments.block_sizes, arguments.quality):
             print(line, flush=True)
 
 

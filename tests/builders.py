@@ -425,9 +425,9 @@ def statistics_of(x: Array, validation: Array | None = None) -> InputStatistics:
     return InputStatistics(second_moment, magnitude.mean(axis=0), magnitude.max(axis=0), len(x), validation)
 
 
-def read_by(statistics: InputStatistics, *weights: Array) -> list[Reader]:
+def read_by(statistics: InputStatistics, *weights: Array, fmt: Format = PLAIN) -> list[Reader]:
     """Weights that read one input."""
-    return [Reader(one, statistics) for one in weights]
+    return [Reader(one, statistics, fmt=fmt) for one in weights]
 
 
 def plain_error(w: Array, scale: Array, fmt: Format) -> Array:

@@ -210,11 +210,15 @@ def test_every_option_reaches_the_recipe(folder: Path, capsys: pytest.CaptureFix
     options = ["--block-size", 16, "--symmetric", "--accuracy-level", 0, "--samples", 3]
     options += ["--sequence-length", 9, "--seed", 5, "--lm-head", 8, "--allow-mul"]
     options += ["--include", "*proj*", "--include", "*lm_head*", "--exclude", "*/mlp/*"]
+    options += ["--quality", "fast", "--method", "awq", "--bits", 8, "--embedding", 4]
+    options += ["--override", "*q_proj*:bits=2", "--scale-from", "all", "--alpha", 0.5]
     assert main_exits(folder / "model.onnx", "--json", "--quiet", *options) == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
-    numbers = {"block_size": 16, "accuracy_level": 0, "samples": 3, "sequence_length": 9, "seed": 5}
-    flags = {"symmetric": True, "allow_mul": True, "lm_head": "8"}
-    assert recipe == {**numbers, **flags, "include": ["*proj*", "*lm_head*"], "exclude": ["*/mlp/*"]}
+    numbers = {"block_size": 16, "accuracy_level": 0, "samples": 3, "sequence_length": 9, "seed": 5, "bits": 8}
+    flags = {"symmetric": True, "allow_mul": True, "lm_head": "8", "embedding": "4"}
+    patterns = {"include": ["*proj*", "*lm_head*"], "exclude": ["*/mlp/*"], "override": ["*q_proj*:bits=2"]}
+    method = {"quality": "fast", "method": "awq", "scale_from": "all", "alpha": 0.5}
+    assert recipe == {**numbers, **flags, **patterns, **method, "target_bits": None, "target_size": None}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from builders import activations, norm_and_readers, read_by, save, tiny_decoder, weight
 from foreign import Foreign
 
-from awq_onnx import Machine, Recipe, codec, compensate, device, pipeline, rounding, runtime, search
+from awq_onnx import Machine, Recipe, codec, compensate, device, grids, pipeline, rounding, runtime, search
 from awq_onnx.arrays import beside, in_memory
 from awq_onnx.cli import main
 from awq_onnx.codec import Format
@@ -93,9 +93,9 @@ def test_choices_and_codes_are_the_same(dtype: Any, head_size: int | None) -> No
     w, fmt = weight(np.random.default_rng(4), 64, 288), Format(32, False, np.dtype(dtype))
     results = []
     for where in (device.PROCESSOR, ELSEWHERE):
-        readers = [Reader(w, summed(spoiled(), where), head_size, factor=2.0)]
-        choice = search.search_scale(readers, fmt)
-        scale, (rounded,) = rounding.round_group(readers, choice.scale, fmt)
+        readers = [Reader(w, summed(spoiled(), where), head_size, factor=2.0, fmt=fmt)]
+        choice = search.search_scale(readers)
+        scale, (rounded,) = rounding.round_group(readers, choice.scale)
         assert isinstance(rounded.codes, np.ndarray)
         assert isinstance(rounded.grid.scales, np.ndarray)
         results.append((choice.losses, scale.tolist(), rounded.codes.tolist(), rounded.loss, rounded.plain_loss))
@@ -106,8 +106,9 @@ def test_an_input_that_calibration_never_saw_is_there_as_well() -> None:
     flat = InputStatistics.flat(32, ELSEWHERE)
     assert isinstance(flat.second_moment, Foreign)
     assert compensate.find(flat, np.ones(32, np.float32)) is None
-    (reader,) = read_by(flat, weight(np.random.default_rng(5), 32, 48))
-    _, (rounded,) = rounding.round_group([reader], np.ones(32, np.float32), Format(32, True, np.dtype(np.float32)))
+    symmetric = Format(32, True, np.dtype(np.float32))
+    (reader,) = read_by(flat, weight(np.random.default_rng(5), 32, 48), fmt=symmetric)
+    _, (rounded,) = rounding.round_group([reader], np.ones(32, np.float32))
     assert np.isfinite(rounded.loss)
 
 
@@ -115,10 +116,10 @@ def test_a_weight_that_is_worse_refitted_keeps_its_plain_grid_there_as_well(monk
     x = activations(np.random.default_rng(6), 64, outliers=4)
     w, fmt = weight(np.random.default_rng(7), 64, 40), Format(32, False, np.dtype(np.float32))
     monkeypatch.setattr(rounding, "total_loss", lambda *_, plain=False: 0.0 if plain else 1.0)
-    worse = rounding._refit_columns
-    monkeypatch.setattr(rounding, "_refit_columns", lambda scaled, h, fmt: worse(scaled * np.float32(30), h, fmt))
+    fit = grids.fit
+    monkeypatch.setattr(grids, "fit", lambda blocks, h, fmt: fit(blocks * np.float32(30), h, fmt))
     found = [
-        rounding.round_group(read_by(summed(x, where), w), np.full(64, 2, np.float32), fmt)
+        rounding.round_group(read_by(summed(x, where), w, fmt=fmt), np.full(64, 2, np.float32))
         for where in (device.PROCESSOR, ELSEWHERE)
     ]
     (_, (here,)), (_, (there,)) = found

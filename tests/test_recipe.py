@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import Field, FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 
 from awq_onnx import Recipe
 from awq_onnx.errors import AwqOnnxError, RecipeError
-from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, help_of
+from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, QUALITIES, SAMPLES, help_of
 
 
 def test_the_defaults_need_no_decision_from_the_user() -> None:
     assert Recipe().to_dict() == {
+        "quality": "default",
+        "method": "awq+gptq",
+        "bits": 4,
         "block_size": 32,
         "symmetric": False,
+        "target_bits": None,
+        "target_size": None,
         "accuracy_level": 4,
         "lm_head": "none",
+        "embedding": "none",
         "include": (),
         "exclude": (),
+        "override": (),
+        "scale_from": "mean",
+        "alpha": None,
         "allow_mul": False,
         "samples": 32,
         "sequence_length": 256,
@@ -55,7 +64,7 @@ def test_the_ends_of_a_range_are_in_it(setting: str, value: int) -> None:
         *(("lm_head", bad) for bad in ("16", "", None, 8, [])),
         *((name, bad) for name in ("include", "exclude") for bad in ("*", ("",), (3,), None)),
         *(("allow_mul", bad) for bad in ("yes", None, 2)),
-        *(("samples", bad) for bad in (0, -1, 65537, 1.5, "8", None, True)),
+        *(("samples", bad) for bad in (0, -1, 65537, 1.5, "8", True)),
         *(("sequence_length", bad) for bad in (1, 0, -5, 65537, 2.5, "64", None, True)),
         *(("seed", bad) for bad in (-1, 2**32, 0.5, "0", None, False)),
     ],
@@ -104,11 +113,32 @@ def test_to_dict_makes_the_same_recipe_again() -> None:
     assert Recipe(**recipe.to_dict()) == recipe
 
 
-@pytest.mark.parametrize("setting", [one.name for one in fields(Recipe)])
-def test_every_setting_has_a_help_text_with_its_default(setting: str) -> None:
-    default = getattr(Recipe(), setting)
-    assert help_of(setting)
-    assert isinstance(default, bool | tuple) or f"(default {default})" in help_of(setting)
+@pytest.mark.parametrize("setting", fields(Recipe), ids=lambda setting: setting.name)
+def test_every_setting_has_a_help_text_with_its_default(setting: Field[object]) -> None:
+    assert help_of(setting.name)
+    told = isinstance(setting.default, int | str) and not isinstance(setting.default, bool)
+    assert not told or f"(default {setting.default})" in help_of(setting.name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"target_bits": 4.0, "target_size": 10**6}, "exclude each other"),
+        ({"target_bits": 4.0, "bits": 8}, "choose bits and block_size"),
+        ({"target_size": 10**6, "block_size": 128}, "choose bits and block_size"),
+        ({"method": "rtn", "alpha": 0.5}, "method rtn does not have"),
+        ({"method": "gptq", "scale_from": "max"}, "method gptq does not have"),
+        ({"method": "gptq", "quality": "fast"}, "use rtn"),
+    ],
+)
+def test_settings_that_leave_each_other_nothing_to_do_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        Recipe(**settings)
+
+
+def test_what_a_quality_sets_by_itself_can_be_set() -> None:
+    assert [Recipe(quality=quality).samples for quality in QUALITIES] == list(SAMPLES.values())
+    assert Recipe(quality="best", samples=5).samples == 5
 
 
 def test_a_list_of_patterns_is_as_good_as_a_tuple() -> None:

@@ -26,11 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from awq_onnx import codec, compensate, rounding, search
+from awq_onnx import codec, compensate, grids, rounding, search
 from awq_onnx.codec import Format
 from awq_onnx.kernels import reference
-from awq_onnx.rounding import STRIP, Rounded
-from awq_onnx.search import Reader, ScaleLimits
+from awq_onnx.rounding import STRIP, Rounded, Rounding
+from awq_onnx.search import Base, Reader, ScaleLimits
 from awq_onnx.statistics import InputStatistics
 
 property_test = settings(max_examples=50, deadline=None)
@@ -90,7 +90,7 @@ def test_no_group_ends_worse_than_plain_rounding(
     statistics = statistics_of(x) if validation is None else statistics_of(x[validation:], x[:validation])
     scale = random_scale(rng, K, wildness)
     weights = [weight(rng, K, 5), weight(rng, K, 3) ** 3]
-    kept, rounded = rounding.round_group(read_by(statistics, *weights), scale, fmt)
+    kept, rounded = rounding.round_group(read_by(statistics, *weights, fmt=fmt), scale)
     assert sum(one.loss for one in rounded) <= sum(one.plain_loss for one in rounded)
     for w, one in zip(weights, rounded, strict=True):
         plain = plain_error(w, np.ones(K, np.float32), fmt)
@@ -107,7 +107,7 @@ def test_a_weight_on_its_grid_stays_as_it_is(fmt: Format, strength: float) -> No
     codes[::16], codes[1::16] = -8, 7
     w = (codes * 0.25).astype(np.float32)
     scale = random_scale(rng, 64, strength)
-    kept, (rounded,) = rounding.round_group(read_by(statistics_of(activations(rng, 64)), w), scale, fmt)
+    kept, (rounded,) = rounding.round_group(read_by(statistics_of(activations(rng, 64)), w, fmt=fmt), scale)
     assert rounded.plain_loss == 0
     assert rounded.loss == 0
     np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
@@ -119,7 +119,7 @@ def test_one_weight_that_a_scale_would_ruin_does_not_cost_the_others_their_refit
     on_grid = (rng.integers(-8, 8, (64, 6)) * 0.25).astype(np.float32)
     on_grid[::16], on_grid[1::16] = -2, 1.75
     scale = random_scale(rng, 64, 3)
-    kept, (first, second) = rounding.round_group(read_by(statistics, on_grid, weight(rng, 64, 6)), scale, PLAIN)
+    kept, (first, second) = rounding.round_group(read_by(statistics, on_grid, weight(rng, 64, 6), fmt=PLAIN), scale)
     assert (kept == 1).all()
     assert first.loss == 0
     assert second.loss < 0.97 * second.plain_loss
@@ -135,8 +135,8 @@ def test_the_error_that_is_reported_is_the_error_that_ships(
     rng = np.random.default_rng(K)
     w = weight(rng, K, 9)
     statistics = compensated(rng, K, outliers=2) if compensate_too else statistics_of(activations(rng, K, outliers=2))
-    scale = search.candidate_scale(statistics.act_mean, 0.3, ScaleLimits()) if scaled else np.ones(K, np.float32)
-    scale, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    scale = Base(statistics.act_mean).scale(0.3, ScaleLimits()) if scaled else np.ones(K, np.float32)
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w, fmt=fmt), scale)
     error = shipped_weight(rounded, scale, fmt) - w
     H = statistics.second_moment.astype(np.float64)
     assert rounded.loss == pytest.approx(np.vdot(error, H @ error), rel=1e-5)
@@ -150,8 +150,8 @@ def test_a_scaled_and_refitted_weight_is_clearly_better_than_a_plain_one(fmt: Fo
     rng = np.random.default_rng(0)
     statistics = statistics_of(activations(rng, 128, outliers=3))
     w = weight(rng, 128, 32)
-    choice = search.search_scale(read_by(statistics, w), fmt)
-    scale, (rounded,) = rounding.round_group(read_by(statistics, w), choice.scale, fmt)
+    choice = search.search_scale(read_by(statistics, w, fmt=fmt))
+    scale, (rounded,) = rounding.round_group(read_by(statistics, w, fmt=fmt), choice.scale)
     np.testing.assert_array_equal(scale, choice.scale)
     assert rounded.loss < 0.4 * rounded.plain_loss
 
@@ -163,10 +163,10 @@ def test_compensation_helps_on_rows_that_calibration_never_saw(fmt: Format, alph
     x = activations(rng, 128, T=1024)
     statistics = statistics_of(x[:256], x[256:512])
     w = weight(rng, 128, 32)
-    wanted = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
+    wanted = Base(statistics.act_mean).scale(alpha, ScaleLimits())
     losses = []
     for one in (statistics, replace(statistics, validation=None)):
-        scale, (rounded,) = rounding.round_group(read_by(one, w), wanted, fmt)
+        scale, (rounded,) = rounding.round_group(read_by(one, w, fmt=fmt), wanted)
         np.testing.assert_array_equal(scale, wanted)
         losses.append(np.square(x[512:] @ (shipped_weight(rounded, scale, fmt) - w)).sum())
     assert losses[0] < 0.5 * losses[1]
@@ -177,8 +177,8 @@ def test_without_correlations_validation_rows_change_nothing(fmt: Format) -> Non
     rng = np.random.default_rng(0)
     statistics = statistics_of(*rng.standard_normal((2, 20, 96)).astype(np.float32))
     w, scale = weight(rng, 96, 8), np.ones(96, np.float32)
-    _, (first,) = rounding.round_group(read_by(statistics, w), scale, fmt)
-    _, (second,) = rounding.round_group(read_by(replace(statistics, validation=None), w), scale, fmt)
+    _, (first,) = rounding.round_group(read_by(statistics, w, fmt=fmt), scale)
+    _, (second,) = rounding.round_group(read_by(replace(statistics, validation=None), w, fmt=fmt), scale)
     assert_same(first, second)
 
 
@@ -186,73 +186,15 @@ def test_every_weight_is_compensated_as_its_own_input_wants() -> None:
     """Experts of one group: each sees its own rows."""
     rng = np.random.default_rng(0)
     inputs = [compensated(rng, 64), statistics_of(activations(rng, 64)), compensated(rng, 64)]
-    readers = [Reader(weight(rng, 64, 8), one) for one in inputs]
+    readers = [Reader(weight(rng, 64, 8), one, fmt=PLAIN) for one in inputs]
     scale = np.ones(64, np.float32)
-    _, together = rounding.round_group(readers, scale, PLAIN)
+    _, together = rounding.round_group(readers, scale)
     for reader, one in zip(readers, together, strict=True):
-        _, (alone,) = rounding.round_group([reader], scale, PLAIN)
+        _, (alone,) = rounding.round_group([reader], scale)
         assert_same(one, alone)
 
 
-# The grid
-
-
-def weighted_error(blocks: Array, h: Array, centred: Array, grid: codec.Grid) -> Array:
-    """sum h e^2 of every block: float64 (G, N)."""
-    error = codec.dequantize(centred, grid).astype(np.float64) - blocks
-    return np.asarray((h * error**2).sum(axis=1))
-
-
-@st.composite
-def blocks_and_costs(draw: st.DrawFn, block_size: int) -> tuple[Array, Array]:
-    """Weights (G, b, N) of many kinds, and what an error on each row costs (G, b, 1)."""
-    rng = np.random.default_rng(draw(seeds))
-    G, N = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    blocks = rng.standard_normal((G, block_size, N)) ** draw(st.sampled_from([1, 2, 3, 5]))
-    blocks *= rng.random(blocks.shape) < draw(st.sampled_from([0.05, 0.5, 1]))
-    blocks = (blocks * draw(st.sampled_from([1e-3, 1, 1e3]))).astype(np.float32)
-    if draw(st.booleans()):
-        blocks = np.rint(blocks * 4) / 4
-    h = np.exp(draw(st.sampled_from([0, 1, 4])) * rng.standard_normal((G, block_size, 1)))
-    h *= rng.random(h.shape) < draw(st.sampled_from([0.1, 1]))
-    return blocks, h.astype(np.float32)
-
-
-@every_format
-@property_test
-@given(data=st.data())
-def test_a_refit_never_costs_more_than_the_plain_grid(fmt: Format, data: st.DataObject) -> None:
-    blocks, h = data.draw(blocks_and_costs(fmt.block_size))
-    plain = codec.minmax_grid(blocks, fmt)
-    before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain)
-    after = weighted_error(blocks, h, *rounding.refit(blocks, h, fmt))
-    energy = (h * blocks.astype(np.float64) ** 2).sum(axis=1)  # refit compares in single precision
-    assert (after <= before * (1 + 1e-5) + 2e-6 * energy).all()
-
-
-@every_format
-@property_test
-@given(data=st.data())
-def test_a_refitted_grid_can_be_stored(fmt: Format, data: st.DataObject) -> None:
-    blocks, h = data.draw(blocks_and_costs(fmt.block_size))
-    centred, grid = rounding.refit(blocks, h, fmt)
-    codes = centred + grid.zero_points[:, None, :]
-    assert ((codes >= 0) & (codes <= 15) & (codes % 1 == 0)).all()
-    assert not fmt.symmetric or (grid.zero_points == 8).all()
-    stored = codec.pack_scales(grid.scales, fmt.scale_dtype).astype(np.float32)
-    np.testing.assert_array_equal(stored.T, grid.scales)
-    assert np.isfinite(stored).all()
-    assert (stored != 0).all()
-
-
-@every_format
-def test_a_refit_gains_on_normal_weights(fmt: Format) -> None:
-    rng = np.random.default_rng(0)
-    blocks = rng.standard_normal((4, fmt.block_size, 50)).astype(np.float32)
-    h = np.ones((4, fmt.block_size, 1), np.float32)
-    plain = codec.minmax_grid(blocks, fmt)
-    before = weighted_error(blocks, h, codec.centred_codes(blocks, plain), plain).sum()
-    assert weighted_error(blocks, h, *rounding.refit(blocks, h, fmt)).sum() < 0.93 * before
+# Dead inputs, tiny weights
 
 
 @pytest.mark.parametrize("outliers", [0, 3])
@@ -262,8 +204,8 @@ def test_dead_channels_leave_losses_finite(outliers: int) -> None:
     x[:, [0, 17, 40]] = 0
     for statistics in (statistics_of(x), statistics_of(x[:256], x[256:])):
         for alpha in (0, 0.5, 1):
-            scale = search.candidate_scale(statistics.act_mean, alpha, ScaleLimits())
-            _, (rounded,) = rounding.round_group(read_by(statistics, weight(rng, 64, 8)), scale, PLAIN)
+            scale = Base(statistics.act_mean).scale(alpha, ScaleLimits())
+            _, (rounded,) = rounding.round_group(read_by(statistics, weight(rng, 64, 8), fmt=PLAIN), scale)
             assert np.isfinite([rounded.loss, rounded.plain_loss]).all()
             assert np.isfinite(shipped_weight(rounded, scale, PLAIN)).all()
 
@@ -273,7 +215,9 @@ def test_a_weight_whose_input_was_dead_in_calibration_is_rounded_plainly(fmt: Fo
     """No error costs anything there (an expert that no token reached), but it may wake up later."""
     rng = np.random.default_rng(0)
     w = weight(rng, 64, 8)
-    scale, (rounded,) = rounding.round_group(read_by(statistics_of(np.zeros((4, 64))), w), np.ones(64, np.float32), fmt)
+    scale, (rounded,) = rounding.round_group(
+        read_by(statistics_of(np.zeros((4, 64))), w, fmt=fmt), np.ones(64, np.float32)
+    )
     plain = w + plain_error(w, scale, fmt)
     np.testing.assert_allclose(shipped_weight(rounded, scale, fmt), plain, rtol=1e-5, atol=1e-6)
 
@@ -286,7 +230,7 @@ def test_weights_that_decayed_to_almost_nothing_stay_almost_nothing(symmetric: b
     w = (rng.uniform(-15, 15, (64, 8)) * size).astype(np.float32)
     fmt = Format(32, symmetric, FLOAT32)
     scale, (rounded,) = rounding.round_group(
-        read_by(statistics_of(activations(rng, 64)), w), np.ones(64, np.float32), fmt
+        read_by(statistics_of(activations(rng, 64)), w, fmt=fmt), np.ones(64, np.float32)
     )
     assert np.abs(shipped_weight(rounded, scale, fmt)).max() <= 20 * size
 
@@ -305,12 +249,12 @@ def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: 
     rng = np.random.default_rng(0)
     statistics = statistics_of(rng.standard_normal((256, K)) * np.exp(rng.standard_normal(K)))
     w = weight(rng, K, 32)
-    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
-    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    scale = Base(statistics.act_mean).scale(0.5, ScaleLimits())
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w, fmt=fmt), scale)
     np.testing.assert_array_equal(kept, scale)
     blocks = codec.to_blocks(scale[:, None] * w, fmt.block_size)
     h = costs(statistics, scale, fmt.block_size, rounding.FLATTENING)
-    centred, grid = rounding.refit(blocks, h, fmt)
+    centred, grid = grids.fit(blocks, h, fmt)
     np.testing.assert_array_equal(rounded.codes, codec.pack(centred, grid))
     np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
     np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
@@ -322,12 +266,12 @@ def test_an_error_in_the_scaled_weight_costs_less_where_the_scale_is_large(fmt: 
 def test_compensated_codes_lie_on_a_grid_for_flatter_costs(fmt: Format, K: int, random: bool) -> None:
     rng = np.random.default_rng(0)
     statistics, w = compensated(rng, K), weight(rng, K, 32)
-    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
-    kept, (rounded,) = rounding.round_group(read_by(statistics, w), scale, fmt, random=random)
+    scale = Base(statistics.act_mean).scale(0.5, ScaleLimits())
+    kept, (rounded,) = rounding.round_group(read_by(statistics, w, fmt=fmt), scale, Rounding(random=random))
     np.testing.assert_array_equal(kept, scale)
     scaled = scale[:, None] * w
     h = costs(statistics, scale, fmt.block_size, rounding.FLATTENING_COMPENSATED)
-    _, grid = rounding.refit(codec.to_blocks(scaled, fmt.block_size), h, fmt)
+    _, grid = grids.fit(codec.to_blocks(scaled, fmt.block_size), h, fmt)
     np.testing.assert_allclose(rounded.grid.scales, grid.scales, rtol=1e-6)
     np.testing.assert_array_equal(rounded.grid.zero_points, grid.zero_points)
     compensation = compensate.find(statistics, scale, random=random)
@@ -350,8 +294,8 @@ def test_a_weight_of_any_dtype_is_rounded_where_it_lies(dtype: type, transposed:
     if transposed:
         stored = np.ascontiguousarray(stored.T).T
     stored.setflags(write=False)
-    _, (found,) = rounding.round_group([Reader(stored, statistics, factor=factor)], scale, PLAIN)
-    _, (expected,) = rounding.round_group([Reader(read, statistics)], scale, PLAIN)
+    _, (found,) = rounding.round_group([Reader(stored, statistics, factor=factor, fmt=PLAIN)], scale)
+    _, (expected,) = rounding.round_group([Reader(read, statistics, fmt=PLAIN)], scale)
     assert_same(found, expected)
 
 
@@ -362,7 +306,7 @@ def test_the_weight_and_the_statistics_are_left_as_they_were(head_size: int | No
     statistics, w = compensated(rng, 64), weight(rng, 64, 8)
     before, H = w.copy(), statistics.second_moment.copy()
     scale = random_scale(rng, 64, 0.5 * scaled)
-    rounding.round_group([Reader(w, statistics, head_size)], scale, PLAIN)
+    rounding.round_group([Reader(w, statistics, head_size, fmt=PLAIN)], scale)
     np.testing.assert_array_equal(w, before)
     np.testing.assert_array_equal(statistics.second_moment, H)
 
@@ -377,11 +321,11 @@ def test_a_wide_weight_is_rounded_as_its_strips_would_be(fmt: Format, compensate
     rng = np.random.default_rng(0)
     statistics = compensated(rng, 50) if compensate_too else statistics_of(activations(rng, 50))
     w, scale = weight(rng, 50, N), random_scale(rng, 50, 0.1)
-    kept, (whole,) = rounding.round_group(read_by(statistics, w), scale, fmt)
+    kept, (whole,) = rounding.round_group(read_by(statistics, w, fmt=fmt), scale)
     np.testing.assert_array_equal(kept, scale)
     strips = search.slices(N, STRIP)
     assert len(strips) == -(-N // STRIP)
-    apart = [rounding.round_group(read_by(statistics, w[:, strip]), scale, fmt)[1][0] for strip in strips]
+    apart = [rounding.round_group(read_by(statistics, w[:, strip], fmt=fmt), scale)[1][0] for strip in strips]
     assert_same(whole, Rounded.joined(apart))
     assert whole.codes.shape == (N, fmt.blocks_of(50), fmt.block_size // 2)
     assert whole.grid.scales.shape == whole.grid.zero_points.shape == (fmt.blocks_of(50), N)
@@ -390,10 +334,13 @@ def test_a_wide_weight_is_rounded_as_its_strips_would_be(fmt: Format, compensate
 def test_strips_of_eight_bits_stay_of_eight_bits() -> None:
     rng, fmt = np.random.default_rng(0), Format(32, False, FLOAT16, 8)
     statistics, w = statistics_of(activations(rng, 64)), weight(rng, 64, STRIP + 2)
-    _, (rounded,) = rounding.round_group([Reader(w, statistics, fmt=fmt)], np.ones(64, np.float32), PLAIN)
+    _, (rounded,) = rounding.round_group([Reader(w, statistics, fmt=fmt)], np.ones(64, np.float32))
     assert rounded.grid.bits == 8
     assert rounded.codes.shape == (STRIP + 2, 2, 32)
-    assert rounded.loss < 0.01 * rounding.round_group(read_by(statistics, w), np.ones(64, np.float32), PLAIN)[1][0].loss
+    assert (
+        rounded.loss
+        < 0.01 * rounding.round_group(read_by(statistics, w, fmt=PLAIN), np.ones(64, np.float32))[1][0].loss
+    )
 
 
 @every_format
@@ -401,8 +348,8 @@ def test_a_wide_weight_that_keeps_its_plain_grid_keeps_it_in_every_strip(fmt: Fo
     rng = np.random.default_rng(0)
     w = (rng.integers(-8, 8, (64, STRIP + 6)) * 0.25).astype(np.float32)
     w[::16], w[1::16] = -2, 1.75
-    readers = read_by(statistics_of(activations(rng, 64)), w)
-    kept, (rounded,) = rounding.round_group(readers, random_scale(rng, 64, 3), fmt)
+    readers = read_by(statistics_of(activations(rng, 64)), w, fmt=fmt)
+    kept, (rounded,) = rounding.round_group(readers, random_scale(rng, 64, 3))
     assert (kept == 1).all()
     np.testing.assert_array_equal(shipped_weight(rounded, kept, fmt), w)
 
@@ -412,10 +359,10 @@ def test_what_a_head_counts_does_not_depend_on_strips(head_size: int, monkeypatc
     rng = np.random.default_rng(0)
     statistics, w = statistics_of(activations(rng, 32)), weight(rng, 32, 2048)
     w[:, :1024] *= 30
-    scale, readers = np.ones(32, np.float32), [Reader(w, statistics, head_size)]
-    _, (in_strips,) = rounding.round_group(readers, scale, PLAIN)
+    scale, readers = np.ones(32, np.float32), [Reader(w, statistics, head_size, fmt=PLAIN)]
+    _, (in_strips,) = rounding.round_group(readers, scale)
     monkeypatch.setattr(rounding, "STRIP", 2048)
-    _, (whole,) = rounding.round_group(readers, scale, PLAIN)
+    _, (whole,) = rounding.round_group(readers, scale)
     np.testing.assert_array_equal(in_strips.codes, whole.codes)
     for name in ("loss", "plain_loss", "energy"):
         assert getattr(in_strips, name) == pytest.approx(getattr(whole, name), rel=1e-5)
@@ -426,14 +373,14 @@ def test_what_a_head_counts_does_not_depend_on_strips(head_size: int, monkeypatc
 def test_two_runs_give_the_same_bits_on_any_number_of_threads(fmt: Format, compensate_too: bool) -> None:
     rng = np.random.default_rng(0)
     statistics = compensated(rng, 50, outliers=1) if compensate_too else statistics_of(activations(rng, 50, outliers=1))
-    readers = read_by(statistics, weight(rng, 50, 3 * STRIP - 5), weight(rng, 50, 7))
-    scale = search.candidate_scale(statistics.act_mean, 0.5, ScaleLimits())
+    readers = read_by(statistics, weight(rng, 50, 3 * STRIP - 5), weight(rng, 50, 7), fmt=fmt)
+    scale = Base(statistics.act_mean).scale(0.5, ScaleLimits())
     with threadpool_limits(1, "blas"):
-        kept, expected = rounding.round_group(readers, scale, fmt)
+        kept, expected = rounding.round_group(readers, scale)
         np.testing.assert_array_equal(kept, scale)
         for threads in (1, 2, 3):
             with ThreadPoolExecutor(threads) as pool:
-                _, found = rounding.round_group(readers, scale, fmt, spread=pool.map)
+                _, found = rounding.round_group(readers, scale, spread=pool.map)
             for one, other in zip(found, expected, strict=True):
                 assert_same(one, other)
 
@@ -446,7 +393,7 @@ def test_of_a_wide_weight_a_few_strips_are_in_memory(compensate_too: bool, tmp_p
     np.save(tmp_path / "w.npy", weight(rng, N, K).astype(np.float16))
     stored = np.load(tmp_path / "w.npy", mmap_mode="r").T  # read from a file, transposed there
     tracemalloc.start()
-    _, (rounded,) = rounding.round_group([Reader(stored, statistics)], np.ones(K, np.float32), PLAIN)
+    _, (rounded,) = rounding.round_group([Reader(stored, statistics, fmt=PLAIN)], np.ones(K, np.float32))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     ships = rounded.codes.nbytes + rounded.grid.scales.nbytes + rounded.grid.zero_points.nbytes

@@ -314,6 +314,17 @@ def test_channels_that_carry_little_but_in_validation_are_dead_for_training(left
 # Several inputs as one
 
 
+@pytest.mark.parametrize("K", [64, 50])
+def test_the_moments_of_blocks_are_the_diagonal_blocks_of_the_scaled_moment(K: int) -> None:
+    rng = np.random.default_rng(0)
+    x, scale = rng.standard_normal((200, K)), np.exp(rng.standard_normal(K)).astype(np.float32)
+    moments = statistics_of(x).block_moments(scale, 16)
+    scaled = np.pad(x / scale, ((0, 0), (0, -K % 16)))
+    whole = scaled.T @ scaled / 200
+    for at, block in enumerate(moments):
+        np.testing.assert_allclose(block, whole[16 * at : 16 * at + 16, 16 * at : 16 * at + 16], rtol=1e-3, atol=1e-4)
+
+
 def test_merged_statistics_are_those_of_all_rows_together() -> None:
     rng = np.random.default_rng(0)
     parts = [activations(rng, 24, T=T) for T in (40, 100, 7)]

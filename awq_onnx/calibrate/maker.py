@@ -71,7 +71,7 @@ class Maker:
     def session(self) -> Any:
         """Of a large model nothing is fused: that copies weights, those of half precision as float32."""
         opened, providers = self.opened, self.device.providers
-        fuse = _float32_bytes(opened) <= MOST_COPIED_BYTES
+        fuse = may_be_copied(opened)
         return runtime.session(opened.serialize(), opened.folder, fuse=fuse, providers=providers)
 
     @property
@@ -212,9 +212,11 @@ class Maker:
         return Bounds(self.hints.start if self.hints.start in known else None, ends)
 
 
-def _float32_bytes(opened: OpenedModel) -> int:
+def may_be_copied(opened: OpenedModel) -> bool:
+    """Whether a session may copy the weights, all of them, as float32."""
     tensors = [value.const_value for graph in opened.model.graphs() for value in graph.initializers.values()]
-    return sum(4 * one.size for one in tensors if one is not None and one.dtype.is_floating_point())
+    size_bytes = sum(4 * one.size for one in tensors if one is not None and one.dtype.is_floating_point())
+    return size_bytes <= MOST_COPIED_BYTES
 
 
 def _lengths(wished: int, positions: int | None) -> Iterator[int]:

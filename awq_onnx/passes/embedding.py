@@ -1,13 +1,14 @@
-"""An embedding whose table is the weight of the lm_head: looked up in the same packed bytes.
+"""Embeddings: rows of packed bytes that `com.microsoft::GatherBlockQuantized` looks up.
 
-`com.microsoft::GatherBlockQuantized` reads what MatMulNBits' B holds, in another shape: (V, D * bits / 8).
-Source: onnxruntime's docs/ContribOperators.md.
+It reads what MatMulNBits' B holds, in another shape, (V, D * bits / 8), so that an embedding whose table is the weight
+of the lm_head needs no bytes of its own. Source: onnxruntime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,62 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from awq_onnx import codec
-from awq_onnx.passes.constants import STANDARD_DOMAINS
+from awq_onnx.passes.bodies import all_nodes
+from awq_onnx.passes.constants import STANDARD_DOMAINS, constant
 from awq_onnx.passes.fold import remove_unread
 from awq_onnx.passes.rewrite import DOMAIN, take_over
-from awq_onnx.passes.sites import Site, is_view
+from awq_onnx.passes.sites import QUANTIZABLE_DTYPES, Site, is_token, is_view, node_name
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """An embedding: a table (V, D) of which `gathers` look up rows. name: of the first of them.
+
+    reason: why it has to stay: something else reads it; None where that is not so.
+    """
+
+    name: str
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    gathers: tuple[ir.Node, ...]
+    V: int
+    D: int
+    reason: str | None
+
+
+def tables(graph: ir.Graph) -> list[Table]:
+    """The tables that tokens are looked up in."""
+    found: dict[ir.Value, Table] = {}
+    for node in all_nodes(graph):
+        value = node.inputs[0] if node.op_type == "Gather" and is_token(node.inputs[1]) else None
+        tensor = constant(value)
+        if value is None or value in found or tensor is None or tensor.dtype not in QUANTIZABLE_DTYPES:
+            continue
+        if len(tensor.shape) == 2:
+            found[value] = _table(node, value, tensor)
+    return list(found.values())
+
+
+def _table(node: ir.Node, value: ir.Value, tensor: ir.TensorProtocol) -> Table:
+    readers = [(use.node, use.idx) for use in value.uses()]
+    others = [reader for reader, index in readers if index != 0 or not _looks_up_rows(reader)]
+    reason = f"{others[0].op_type} reads the table of the embedding as well" if others else None
+    V, D = tensor.shape.numpy()
+    return Table(node_name(node), value, tensor, tuple(reader for reader, _ in readers), int(V), int(D), reason)
+
+
+def _looks_up_rows(node: ir.Node) -> bool:
+    return node.op_type == "Gather" and node.domain in STANDARD_DOMAINS and node.attributes.get_int("axis", 0) == 0
+
+
+def look_up(graph: ir.Graph, table: Table, tensors: list[ir.TensorProtocol], bits: int, block_size: int) -> int:
+    """Let rows be looked up in packed `tensors` (codes, scales, zero points); how many nodes do that."""
+    values = [ir.val(one.name or "", one.dtype, one.shape.numpy(), const_value=one) for one in tensors]
+    for value in values:
+        graph.register_initializer(value)
+    for gather in table.gathers:
+        _replace(gather, [values[0], gather.inputs[1], *values[1:]], bits, block_size)
+    return len(table.gathers)
 
 
 def lookups(site: Site) -> list[ir.Node]:
@@ -37,7 +90,7 @@ def _row_lookups(value: ir.Value, rows_are_tokens: bool) -> Iterator[ir.Node]:
             yield from _row_lookups(node.outputs[0], not rows_are_tokens)
         elif node.op_type == "Identity":
             yield from _row_lookups(node.outputs[0], rows_are_tokens)
-        elif node.op_type == "Gather" and rows_are_tokens and node.attributes.get_int("axis", 0) == 0:
+        elif _looks_up_rows(node) and rows_are_tokens:
             yield node
 
 

@@ -18,7 +18,7 @@ DOMAIN = "com.microsoft"
 class PackedWeight:
     """The constant inputs of a MatMulNBits.
 
-    zero_points: None for a symmetric grid (they are then 8). bias: None, or what the layer itself added.
+    zero_points: None for a symmetric grid (they are then in the middle). bias: None, or what the layer itself added.
     """
 
     codes: ir.TensorProtocol

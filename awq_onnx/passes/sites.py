@@ -283,12 +283,12 @@ def is_view(value: ir.Value) -> bool:
 
 def _embedding_rows(graph: ir.Graph) -> set[int]:
     """How many rows the tables have that tokens look up: one of them is the vocabulary, if the model has one."""
-    nodes = [node for node in all_nodes(graph) if node.op_type == "Gather" and _is_token(node.inputs[1])]
+    nodes = [node for node in all_nodes(graph) if node.op_type == "Gather" and is_token(node.inputs[1])]
     tables = [constant(node.inputs[0]) for node in nodes]
     return {int(table.shape.numpy()[0]) for table in tables if table is not None and len(table.shape) == 2}
 
 
-def _is_token(index: ir.Value | None) -> bool:
+def is_token(index: ir.Value | None) -> bool:
     """Whether an index is an input of the model, other than positions and segments."""
     while index is not None and not index.is_graph_input():
         node = index.producer()

@@ -233,3 +233,73 @@ def test_a_head_with_a_factor_leaves_the_table_to_the_embedding(tmp_path: Path) 
     model = builder.model()
     awq_onnx.quantize(model, out, awq_onnx.Recipe(lm_head="8", samples=2, sequence_length=8))
     np.testing.assert_array_equal(run(out, {"input_ids": ids})["seen"], run(model, {"input_ids": ids})["seen"])
+
+
+# Embeddings of their own
+
+
+def looked_up_in(model: onnx.ModelProto, node: onnx.NodeProto, ids: Array) -> Array:
+    """What a GatherBlockQuantized should make, by the reference."""
+    stored = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    codes, scales, zero_points = (stored[node.input[at]] for at in (0, 2, 3))
+    packed = codes.reshape(len(codes), scales.shape[1], -1)
+    width = numbers(node)["block_size"] * scales.shape[1]
+    rows: Array = reference.dequantize(packed, scales, zero_points, width, numbers(node)["bits"])[ids]
+    return rows
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("width", "block_size", "expected"), [(64, 32, 32), (96, 64, 32), (64, -1, 64)])
+def test_an_embedding_is_looked_up_in_packed_rows(
+    tmp_path: Path, bits: str, dtype: type, width: int, block_size: int, expected: int
+) -> None:
+    model = tiny_decoder(hidden=width, vocabulary=VOCABULARY, layers=1, dtype=dtype)
+    report, path = quantized(model, tmp_path, "none", embedding=bits, block_size=block_size)
+    after = onnx.load(path)
+    lookup = node_of(after, "/embed_tokens/Gather")
+    assert (lookup.op_type, lookup.domain, numbers(lookup)["block_size"]) == ("GatherBlockQuantized", DOMAIN, expected)
+    probe = onnx.ModelProto()
+    probe.CopyFrom(after)
+    probe.graph.output.append(onnx.ValueInfoProto(name=lookup.output[0]))
+    made = run(probe, decoder_feed(model, IDS))[lookup.output[0]]
+    np.testing.assert_allclose(made, looked_up_in(after, lookup, IDS), rtol=2e-3, atol=1e-4)
+
+    table = next(numpy_helper.to_array(one) for one in model.graph.initializer if one.name == "embed_tokens.weight")
+    table = table.astype(np.float32)
+    error = np.linalg.norm(looked_up_in(after, lookup, np.arange(VOCABULARY)) - table) / np.linalg.norm(table)
+    (told,) = report.tables
+    assert (told.name, told.V, told.D, told.bits) == ("/embed_tokens/Gather", VOCABULARY, width, int(bits))
+    assert told.error == pytest.approx(error, rel=1e-3)
+    assert error < (0.01 if bits == "8" else 0.12)
+    assert "embed_tokens.weight" not in {one.name for one in after.graph.initializer}
+    assert any("/embed_tokens/Gather to" in text for _, text in report.rows())
+
+
+def test_an_embedding_stays_unless_it_is_asked_for(tmp_path: Path) -> None:
+    report, path = quantized(tiny_decoder(vocabulary=VOCABULARY, layers=1), tmp_path, "none")
+    assert node_of(onnx.load(path), "/embed_tokens/Gather").op_type == "Gather"
+    assert report.tables == ()
+
+
+def test_a_table_that_the_head_reads_stays_without_the_head(tmp_path: Path) -> None:
+    report, path = quantized(tied(), tmp_path, "none", embedding="8")
+    assert node_of(onnx.load(path), "/embed_tokens/Gather").op_type == "Gather"
+    assert ("/embed_tokens/Gather", "Transpose reads the table of the embedding as well") in [
+        (one.what, one.reason) for one in report.kept
+    ]
+
+
+def test_a_table_that_the_head_reads_goes_with_the_head(tmp_path: Path) -> None:
+    report, path = quantized(tied(), tmp_path, "4", embedding="8")
+    assert numbers(node_of(onnx.load(path), "/embed_tokens/Gather"))["bits"] == 4
+    assert report.tables == ()
+    assert not [one for one in report.kept if "Gather" in one.what]
+
+
+def test_a_table_whose_rows_fill_no_block_stays(tmp_path: Path) -> None:
+    report, path = quantized(tiny_decoder(hidden=72, vocabulary=VOCABULARY, layers=1), tmp_path, "none", embedding="8")
+    assert node_of(onnx.load(path), "/embed_tokens/Gather").op_type == "Gather"
+    assert ("/embed_tokens/Gather", "its rows of 72 numbers fill no blocks") in [
+        (one.what, one.reason) for one in report.kept
+    ]

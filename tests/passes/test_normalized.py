@@ -154,7 +154,7 @@ def two_heads() -> Array:
 
 
 def best_alpha(weight: Array, statistics: InputStatistics, head_size: int | None = None) -> float:
-    return search.search_scale([Reader(weight, statistics, head_size)], PLAIN).alpha
+    return search.search_scale([Reader(weight, statistics, head_size, fmt=PLAIN)]).alpha
 
 
 def relative_losses(alpha: float, weight: Array, statistics: InputStatistics) -> list[float]:
@@ -162,7 +162,7 @@ def relative_losses(alpha: float, weight: Array, statistics: InputStatistics) ->
     losses = []
     for start in range(0, weight.shape[1], SIZE):
         head = np.ascontiguousarray(weight[:, start : start + SIZE])
-        choice = search.search_scale([Reader(head, statistics)], PLAIN)
+        choice = search.search_scale([Reader(head, statistics, fmt=PLAIN)])
         losses.append(choice.losses[ALPHAS.index(alpha)] / statistics.loss(head))
     return losses
 
@@ -187,8 +187,8 @@ def test_heads_are_nearer_to_the_original_behind_their_norm(
 
     errors = []
     for head_size in (None, SIZE):
-        readers = [Reader(weight, statistics, head_size)]
-        scale, (rounded,) = rounding.round_group(readers, search.search_scale(readers, PLAIN).scale, PLAIN)
+        readers = [Reader(weight, statistics, head_size, fmt=PLAIN)]
+        scale, (rounded,) = rounding.round_group(readers, search.search_scale(readers).scale)
         codes = codec.unpack(rounded.codes).transpose(1, 2, 0) - rounded.grid.zero_points[:, None, :]  # (G, b, N)
         restored = codec.from_blocks(codec.dequantize(codes, rounded.grid), K) / scale[:, None]
         errors.append(np.square(normed(x @ restored) - normed(x @ weight)).mean())
@@ -198,7 +198,7 @@ def test_heads_are_nearer_to_the_original_behind_their_norm(
 def test_columns_of_one_head_count_the_same_and_all_heads_together_as_before(
     weight: Array, statistics: InputStatistics
 ) -> None:
-    emphasis = Reader(weight, statistics, SIZE).emphasis
+    emphasis = Reader(weight, statistics, SIZE, fmt=PLAIN).emphasis
     assert emphasis is not None
     per_head = emphasis.reshape(-1, SIZE)
     assert (per_head == per_head[:, :1]).all()
@@ -209,14 +209,14 @@ def test_columns_of_one_head_count_the_same_and_all_heads_together_as_before(
 
 def test_a_dead_head_counts_nothing_and_breaks_nothing(weight: Array, statistics: InputStatistics) -> None:
     dead = np.concatenate([weight, np.zeros((K, SIZE), np.float32)], axis=1)
-    emphasis = Reader(dead, statistics, SIZE).emphasis
+    emphasis = Reader(dead, statistics, SIZE, fmt=PLAIN).emphasis
     assert emphasis is not None
     assert np.isfinite(emphasis).all()
     assert best_alpha(dead, statistics, SIZE) == best_alpha(weight, statistics, SIZE)
 
 
 def test_without_heads_nothing_is_weighed(weight: Array, statistics: InputStatistics) -> None:
-    reader = Reader(weight, statistics)
+    reader = Reader(weight, statistics, fmt=PLAIN)
     assert reader.emphasis is None
     assert reader.emphasized(weight) is weight
 

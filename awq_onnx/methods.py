@@ -1,0 +1,51 @@
+"""What a recipe says about a layer, in the words of the search, the rounding and the codec."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from awq_onnx.codec import Format
+from awq_onnx.grids import CLIPPED, FITTED, WHOLE
+from awq_onnx.passes.embedding import Table
+from awq_onnx.passes.sites import Site
+from awq_onnx.recipe import AWQ, AWQ_GPTQ, EVERY_FORMULA, FAST, GPTQ, WHOLE_COLUMN, Recipe
+from awq_onnx.rounding import Rounding
+from awq_onnx.search import FORMULAS, Candidates
+
+STORED_BLOCK_SIZES = (256, 128, 64, 32, 16)
+
+
+def candidates_of(recipe: Recipe) -> Candidates:
+    """Which scales are tried, of a method that has them."""
+    formulas = FORMULAS if recipe.scale_from == EVERY_FORMULA else (recipe.scale_from,)
+    return Candidates(formulas, recipe.alpha)
+
+
+def rounding_of(recipe: Recipe, *, random: bool = False) -> Rounding:
+    """How weights get onto their grids. random: calibration ran on noise."""
+    ranges = {AWQ_GPTQ: FITTED, AWQ: CLIPPED}.get(recipe.method, WHOLE)
+    compensate = recipe.method in (AWQ_GPTQ, GPTQ) and recipe.quality != FAST
+    return Rounding(ranges, compensate, random)
+
+
+def format_of(site: Site, recipe: Recipe) -> Format:
+    """Without a target."""
+    settings = {"bits": recipe.bits, "block_size": recipe.block_size}
+    if site.is_head and recipe.lm_head_bits is not None:
+        settings["bits"] = recipe.lm_head_bits
+    settings |= recipe.overrides(site.name)
+    bits, block_size = settings["bits"], settings["block_size"]
+    dtype = np.dtype(site.dtype.numpy())
+    if block_size != WHOLE_COLUMN:
+        return Format(block_size, recipe.symmetric, dtype, bits)
+    stored = min(STORED_BLOCK_SIZES, key=lambda size: -(-site.K // size) * (size * bits / 8 + dtype.itemsize))
+    return Format(-(-site.K // stored) * stored, recipe.symmetric, dtype, bits, stored)
+
+
+def format_of_table(table: Table, recipe: Recipe) -> Format | None:
+    """None where it has none. Rows fill their blocks: where the wanted size does not divide them, a smaller one."""
+    wanted = recipe.block_size if recipe.block_size != WHOLE_COLUMN else STORED_BLOCK_SIZES[0]
+    sizes = [size for size in STORED_BLOCK_SIZES if table.D % size == 0 and size <= wanted]
+    if not sizes:
+        return None
+    return Format(max(sizes), False, np.dtype(table.tensor.dtype.numpy()), recipe.embedding_bits or 8)

@@ -1,0 +1,292 @@
+"""A size for the whole model: which layer gets how many bits, in blocks of which size.
+
+On a few sequences every layer is rounded in one format, and what each format does to what the layer makes is estimated
+(`groups.try_group`). What that rounding costs the output is measured (`awq_onnx.sensitivity`), layer by layer. For the
+other formats it is taken in proportion: these are the losses of a knapsack (`awq_onnx.allocate`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from awq_onnx import codec, groups, sensitivity, tables
+from awq_onnx.allocate import Option, allocate
+from awq_onnx.calibrate.channels import ChannelMap
+from awq_onnx.calibrate.data import CalibrationData
+from awq_onnx.calibrate.feeds import Signature
+from awq_onnx.calibrate.segments import Data, Segments, Statistics
+from awq_onnx.codec import Format
+from awq_onnx.device import Device
+from awq_onnx.errors import RecipeError
+from awq_onnx.groups import Trial
+from awq_onnx.machine import size_text
+from awq_onnx.passes import constants, embedding
+from awq_onnx.passes.absorb import Group
+from awq_onnx.passes.embedding import Table
+from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.progress import unheard
+from awq_onnx.recipe import Recipe
+from awq_onnx.sensitivity import StandIn
+from awq_onnx.store import OpenedModel
+from awq_onnx.threads import LARGE, Spread, Workers, usable_cores
+
+FEEDS = 2  # of the calibration data, some sequences each
+BITS = (4, 2, 8)  # the first of these and of the block sizes is the format that is tried
+LOOKED_UP_BITS = (4, 8)  # of an embedding, and of a layer that makes logits
+BLOCK_SIZES = (32, 16, 64, 128)
+NODE_BYTES = 2048  # about what a node with its metadata, and the alignment of its tensors, take
+MEASURING = 0.5  # of the work, about; the rest is estimating
+
+FLOAT32 = np.dtype(np.float32)
+TRIALS = "trials"  # the folder of what is tried
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """losses: of each format. stand_in: the layer in the first one."""
+
+    losses: tuple[float, ...]
+    stand_in: StandIn
+
+
+Trials = dict[Site, _Tried]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What has one format: the layers that share a weight, or a table.
+
+    gathers: the lookups in it. shape: (K, N). plain: its format where nothing is chosen. formats: those to choose from.
+    """
+
+    sites: tuple[Site, ...]
+    table: Table | None
+    gathers: tuple[ir.Node, ...]
+    shape: tuple[int, int]
+    plain: Format
+    formats: tuple[Format, ...]
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def places(self) -> list[str]:
+        """The names of the values that it makes."""
+        return [site.output.name or "" for site in self.sites] + [node.outputs[0].name or "" for node in self.gathers]
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """Its weight, or its table, in the graph."""
+        return [self.table.value] if self.table else [site.weight for site in self.sites]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What choosing goes by. opened: the model that is quantised; straight: the model to run."""
+
+    opened: OpenedModel
+    straight: OpenedModel
+    maps: Mapping[Group, ChannelMap | Refusal]
+    recipe: Recipe
+    wanted: Signature
+    outputs: Sequence[str]
+    folder: Path
+    budget_bytes: int
+    device: Device
+
+
+def items_of(
+    plan: Sequence[Group], formats: Mapping[Site, Format], chosen: Sequence[tuple[Table, Format]], recipe: Recipe
+) -> list[Item]:
+    """Everything that gets a format. formats, chosen: what it would be where nothing is chosen."""
+    items = []
+    for group in plan:
+        for sites in groups.layers_of(group):
+            first, plain = sites[0], formats[sites[0]]
+            gathers = tuple(embedding.lookups(first))
+            fixed = any(recipe.overrides(site.name) for site in sites)
+            bits = _bits(recipe.lm_head_bits if first.is_head else None, looked_up=first.is_head or bool(gathers))
+            offered = (plain,) if fixed else _offered(plain, bits, first.K if gathers else None)
+            items.append(Item(sites, None, gathers, (first.K, first.N), plain, offered))
+    for table, fmt in chosen:
+        offered = _offered(fmt, _bits(recipe.embedding_bits, looked_up=True), table.D)
+        items.append(Item((), table, table.gathers, (table.D, table.V), fmt, offered))
+    return items
+
+
+def _bits(given: int | None, *, looked_up: bool) -> tuple[int, ...]:
+    if given is not None:
+        return (given,)
+    return LOOKED_UP_BITS if looked_up else BITS
+
+
+def _offered(plain: Format, bits: Sequence[int], filled: int | None) -> tuple[Format, ...]:
+    """filled: the length of rows that have to fill their blocks; None where they need not."""
+    both = product(bits, BLOCK_SIZES)
+    formats = [replace(plain, bits=count, block_size=size, stored=None) for count, size in both]
+    fitting = [one for one in formats if filled is None or filled % one.block_size == 0]
+    return tuple(fitting) if plain in fitting else (*fitting, plain)
+
+
+def check(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> None:
+    """Raises RecipeError where not even the smallest formats reach the target."""
+    others = _others_bytes(items, opened)
+    least = sum(min(_bytes(item, fmt) for fmt in item.formats) for item in items)
+    if least <= _budget_bytes(items, others, recipe):
+        return
+    if recipe.target_size is not None:
+        raise RecipeError(
+            f"target_size {size_text(recipe.target_size)} is too small: the least that the model can have is "
+            f"{size_text(least + others)}, of which {size_text(others)} are not quantised"
+        )
+    bits = 8 * (least - NODE_BYTES * len(items)) / sum(item.weights for item in items)
+    raise RecipeError(f"target_bits {recipe.target_bits} is too small: the least that the model can have is {bits:.2f}")
+
+
+def choose(
+    items: Sequence[Item],
+    plan: Sequence[Group],
+    data: CalibrationData,
+    setting: Setting,
+    advance: Callable[[float], None] = unheard,
+) -> list[Format]:
+    """The format of every item; see `check`."""
+    folder = setting.folder / TRIALS
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    folder.mkdir()
+    trials = _trials(items, plan, data, setting, folder, lambda part: advance((1 - MEASURING) * part))
+    measured = sensitivity.measure(
+        setting.straight,
+        [place for item in items for place in item.places],
+        {site.output.name or "": tried.stand_in for site, tried in trials.items()},
+        data.feeds[-1:],  # not what the result will be measured with
+        list(setting.outputs),
+        setting.wanted,
+        providers=setting.device.providers,
+        advance=lambda part: advance(MEASURING * part),
+    )
+    shutil.rmtree(folder)
+    relative = {site.output.name or "": tried.losses[0] for site, tried in trials.items()}
+    costs = {place: loss / (relative.get(place, 1.0) or 1.0) for place, loss in measured.items() if loss > 0}
+    unknown = sorted(costs.values())[len(costs) // 2] if costs else 1.0  # in the body of a Loop, or never reached
+    options = []
+    for item in items:
+        cost = sum(costs[place] for place in item.places if place in costs) or unknown
+        table = item.table
+        lost = tables.losses_of(table, item.formats, setting.opened) if table else trials[item.sites[0]].losses
+        options.append([Option(_bytes(item, f), cost * loss) for f, loss in zip(item.formats, lost, strict=True)])
+    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, setting.opened), setting.recipe))
+    assert chosen is not None
+    return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
+
+
+def _budget_bytes(items: Sequence[Item], others: int, recipe: Recipe) -> int:
+    """What all items together may take: without a target what their plain formats take. others: bytes of the rest."""
+    if recipe.target_size is not None:
+        return recipe.target_size - others
+    if recipe.target_bits is not None:
+        return int(recipe.target_bits * sum(item.weights for item in items) / 8) + NODE_BYTES * len(items)
+    return sum(_bytes(item, item.plain) for item in items)
+
+
+def _others_bytes(items: Sequence[Item], opened: OpenedModel) -> int:
+    """What stays of the source: all but the tensors that the items are made of, and that nothing else looks up."""
+    looked_up = {gather for item in items for gather in item.gathers}
+    stay = {
+        id(one)
+        for table in embedding.tables(opened.model.graph)
+        if not looked_up.issuperset(node for node in table.gathers if node.op_type == "Gather")
+        for one in _stored(table.value)
+    }
+    gone = {id(one): one.nbytes for item in items for value in item.values for one in _stored(value)}
+    return opened.size_bytes - sum(nbytes for tensor, nbytes in gone.items() if tensor not in stay)
+
+
+def _stored(value: ir.Value) -> Iterator[ir.TensorProtocol]:
+    """The tensors in the file that a value is made of."""
+    node = value.producer()
+    if value.is_initializer() or node is None or not node.inputs:
+        tensor = constants.stored(value)
+        if tensor is not None:
+            yield tensor
+        return
+    for one in node.inputs:
+        if one is not None:
+            yield from _stored(one)
+
+
+def _bytes(item: Item, fmt: Format) -> int:
+    """Codes, scales and zero points."""
+    K, N = item.shape
+    blocks = -(-K // fmt.stored_block_size)
+    zero_points = 0 if fmt.symmetric else -(-blocks * fmt.bits // 8)
+    each = blocks * (fmt.stored_block_size * fmt.bits // 8 + fmt.scale_dtype.itemsize) + zero_points
+    return N * each + NODE_BYTES
+
+
+def _stand_in(site: Site, trial: Trial, path: Path) -> StandIn:
+    """Written to `path`, out of memory."""
+    fmt = trial.fmt
+    codes, grid = codec.as_stored(trial.rounded.codes, trial.rounded.grid, fmt)
+    arrays = {"codes": codes, "scales": codec.pack_scales(grid.scales, FLOAT32)}
+    if not fmt.symmetric:
+        arrays["zero_points"] = codec.pack_zero_points(grid.zero_points, fmt.bits)
+    if not np.all(trial.scale == 1):
+        arrays["inverse"] = np.reciprocal(trial.scale)
+    bias = groups.read_bias(site)
+    if bias is not None:
+        arrays["bias"] = bias.astype(np.float32)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return StandIn(site.input.name or "", path, site.K, site.N, fmt.bits, fmt.stored_block_size)
+
+
+def _trials(
+    items: Sequence[Item],
+    plan: Sequence[Group],
+    data: CalibrationData,
+    setting: Setting,
+    folder: Path,
+    advance: Callable[[float], None],
+) -> Trials:
+    """What each format of every layer loses, on a few sequences, and the layer in the first of them."""
+    formats = {site: item.formats for item in items for site in item.sites}
+    numbers = {site: number for number, site in enumerate(formats)}
+    found: list[Future[Trials]] = []
+
+    def attempt(group: Group, statistics: Statistics, workers: Workers) -> None:
+        def job(spread: Spread) -> Trials:
+            wanted = {site: formats[site] for site in group.sites}
+            maps, recipe, opened, device = setting.maps.get(group), setting.recipe, setting.opened, setting.device
+            found = groups.try_group(
+                group, maps, statistics, wanted, recipe, opened, random=data.random, spread=spread, device=device
+            )
+            paths = {site: folder / f"{numbers[site]}.npz" for site in found}
+            return {site: _Tried(one.losses, _stand_in(site, one, paths[site])) for site, one in found.items()}
+
+        size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)
+        found.append(workers.submit(size_bytes, job, piece_bytes=piece_bytes, large=group.K > LARGE))
+
+    with Workers(usable_cores(), setting.budget_bytes) as workers:
+        run = Segments(
+            setting.straight,
+            plan,
+            Data(data.feeds[:FEEDS]),
+            folder=setting.folder,
+            budget_bytes=setting.budget_bytes,
+            spread=workers.spread,
+            device=setting.device,
+        )
+        for known in run.run(make_room=workers.make_room, advance=advance):
+            while known:
+                attempt(*known.pop(0), workers)
+            setting.opened.let_go()
+        return {site: trial for one in found for site, trial in one.result().items()}

@@ -1,0 +1,97 @@
+"""What an error at one place costs: with a stand-in exactly that of the model that has it, with noise in proportion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import save, tiny_decoder
+from onnx import numpy_helper
+from test_methods import IDS
+
+import awq_onnx
+from awq_onnx import Recipe, sensitivity
+from awq_onnx.calibrate.feeds import complete, signature
+from awq_onnx.sensitivity import StandIn
+from awq_onnx.store import open_model
+
+
+def measured(model: Path, places: list[str], stand_ins: dict[str, StandIn]) -> dict[str, float]:
+    with open_model(model) as opened:
+        wanted = signature(opened.model.graph)
+        windows = [complete(wanted, {"input_ids": one[None]}) for one in IDS]
+        return sensitivity.measure(opened, places, stand_ins, windows, ["logits"], wanted)
+
+
+def stand_ins_of(model: Path, factor: float = 1) -> dict[str, StandIn]:
+    """The layers of a quantised model, by what they make. factor: of the weights, and of the input its inverse."""
+    loaded = onnx.load(model)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
+    found = {}
+    for number, node in enumerate(loaded.graph.node):
+        if node.op_type == "MatMulNBits":
+            arrays = {what: tensors[name] for what, name in zip(sensitivity.INPUTS, node.input[1:], strict=False)}
+            sizes = {one.name: one.i for one in node.attribute}
+            arrays["scales"] = factor * arrays["scales"]
+            arrays["inverse"] = np.full(sizes["K"], 1 / factor, np.float32)
+            path = model.with_name(f"{number}-{factor}.npz")
+            np.savez(path, **arrays)  # type: ignore[arg-type]
+            numbers = (sizes[name] for name in ("K", "N", "bits", "block_size"))
+            found[node.output[0]] = StandIn(node.input[0], path, *numbers)
+    return found
+
+
+@pytest.fixture
+def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "EVERY", 1)
+
+
+@pytest.mark.usefixtures("every_token")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layer", ["/layers.1/mlp/down_proj/MatMul", "/layers.0/q_proj/MatMul"])
+def test_a_stand_in_costs_what_a_model_with_that_layer_costs(tmp_path: Path, dtype: type, layer: str) -> None:
+    model = save(tiny_decoder(hidden=128, mlp=256, vocabulary=400, dtype=dtype), tmp_path / "model.onnx")
+    recipe = Recipe(method="rtn", include=(layer,), samples=2, sequence_length=8, accuracy_level=0)
+    awq_onnx.quantize(model, tmp_path / "out.onnx", recipe, calibration=IDS)
+    wanted = awq_onnx.compare(model, tmp_path / "out.onnx", IDS).kl_mean
+    assert wanted is not None
+    assert wanted > 0
+    rtol = 0.2 if dtype is np.float16 else 1e-3  # measured as float32
+    for factor in (1, 2):
+        ((place, stand_in),) = stand_ins_of(tmp_path / "out.onnx", factor).items()
+        assert measured(model, [place], {place: stand_in})[place] == pytest.approx(wanted, rel=rtol)
+
+
+def test_many_stand_ins_cost_in_several_models_what_they_cost_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(tiny_decoder(hidden=128, mlp=256, vocabulary=400), tmp_path / "model.onnx")
+    awq_onnx.quantize(model, tmp_path / "out.onnx", Recipe(method="rtn", samples=2, sequence_length=8), calibration=IDS)
+    layers = stand_ins_of(tmp_path / "out.onnx")
+    in_one = measured(model, list(layers), layers)
+    monkeypatch.setattr(sensitivity, "BATCH_BYTES", 20_000)
+    assert measured(model, list(layers), layers) == in_one
+    assert len(in_one) == len(layers)
+    assert min(in_one.values()) > 0
+
+
+def test_noise_costs_the_more_the_more_a_value_counts(tmp_path: Path) -> None:
+    model = tiny_decoder(hidden=128, mlp=256, vocabulary=400)
+    for tensor in model.graph.initializer:
+        if tensor.name == "/layers.0/mlp/down_proj.weight":
+            quiet = numpy_helper.to_array(tensor) * np.float32(0.1)
+            tensor.CopyFrom(numpy_helper.from_array(quiet, tensor.name))
+    places = {
+        node.name: node.output[0] for node in model.graph.node if node.name.endswith(("down_proj/MatMul", "/Gather"))
+    }
+    costs = measured(save(model, tmp_path / "model.onnx"), list(places.values()), {})
+    quiet, loud = (costs[places[f"/layers.{layer}/mlp/down_proj/MatMul"]] for layer in (0, 1))
+    assert 0 < 5 * quiet < loud
+    assert costs[places["/embed_tokens/Gather"]] > loud
+
+
+def test_a_place_that_no_node_makes_is_left_out(tmp_path: Path) -> None:
+    model = save(tiny_decoder(), tmp_path / "model.onnx")
+    assert measured(model, ["input_ids", "nothing"], {}) == {}
