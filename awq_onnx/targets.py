@@ -32,9 +32,9 @@ from awq_onnx.passes import constants, embedding
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.embedding import Table
 from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.passes.switch import StandIn
 from awq_onnx.progress import unheard
 from awq_onnx.recipe import Recipe
-from awq_onnx.sensitivity import StandIn
 from awq_onnx.store import OpenedModel
 from awq_onnx.threads import LARGE, Spread, Workers, usable_cores
 
@@ -119,7 +119,7 @@ def items_of(
             items.append(Item(sites, None, gathers, (first.K, first.N), plain, offered))
     for table, fmt in chosen:
         offered = _offered(fmt, _bits(recipe.embedding_bits, looked_up=True), table.D)
-        items.append(Item((), table, table.gathers, (table.D, table.V), fmt, offered))
+        items.append(Item((), table, table.readers, (table.D, table.V), fmt, offered))
     return items
 
 
@@ -204,7 +204,7 @@ def _others_bytes(items: Sequence[Item], opened: OpenedModel) -> int:
     stay = {
         id(one)
         for table in embedding.tables(opened.model.graph)
-        if not looked_up.issuperset(node for node in table.gathers if node.op_type == "Gather")
+        if not looked_up.issuperset(node for node in table.readers if node.op_type == "Gather")
         for one in _stored(table.value)
     }
     gone = {id(one): one.nbytes for item in items for value in item.values for one in _stored(value)}

@@ -14,7 +14,7 @@ from test_methods import IDS
 import awq_onnx
 from awq_onnx import Recipe, sensitivity
 from awq_onnx.calibrate.feeds import complete, signature
-from awq_onnx.sensitivity import StandIn
+from awq_onnx.passes.switch import INPUTS, StandIn
 from awq_onnx.store import open_model
 
 
@@ -32,7 +32,7 @@ def stand_ins_of(model: Path, factor: float = 1) -> dict[str, StandIn]:
     found = {}
     for number, node in enumerate(loaded.graph.node):
         if node.op_type == "MatMulNBits":
-            arrays = {what: tensors[name] for what, name in zip(sensitivity.INPUTS, node.input[1:], strict=False)}
+            arrays = {what: tensors[name] for what, name in zip(INPUTS, node.input[1:], strict=False)}
             sizes = {one.name: one.i for one in node.attribute}
             arrays["scales"] = factor * arrays["scales"]
             arrays["inverse"] = np.full(sizes["K"], 1 / factor, np.float32)

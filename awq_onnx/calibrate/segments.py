@@ -132,7 +132,7 @@ class Segments:
         self.parts = cut(opened.model.graph, groups, min(PART_BYTES, share_bytes), data.outputs, self._end)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
-        self._shelf = Shelf(folder, share_bytes, map(_in_float32, feeds))
+        self._shelf = Shelf(folder, share_bytes, map(in_float32, feeds))
 
     def run(
         self, *, make_room: Callable[[int], None] = unheard, advance: Callable[[float], None] = unheard
@@ -223,7 +223,8 @@ class Segments:
             pass
 
 
-def _in_float32(feed: Feed) -> Values:
+def in_float32(feed: Feed) -> Values:
+    """For the float32 twin of a model of half precision."""
     return {name: one.astype(np.float32) if one.dtype in HALVES else one for name, one in feed.items()}
 
 

@@ -25,15 +25,15 @@ from awq_onnx.passes.sites import QUANTIZABLE_DTYPES, Site, is_token, is_view, n
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """An embedding: a table (V, D) of which `gathers` look up rows. name: of the first of them.
+    """An embedding: a table (V, D). name: of the first node that looks up its rows.
 
-    reason: why it has to stay: something else reads it; None where that is not so.
+    reason: why it has to stay: not all of its `readers` look up rows; None where they do.
     """
 
     name: str
     value: ir.Value
     tensor: ir.TensorProtocol
-    gathers: tuple[ir.Node, ...]
+    readers: tuple[ir.Node, ...]
     V: int
     D: int
     reason: str | None
@@ -69,9 +69,9 @@ def look_up(graph: ir.Graph, table: Table, tensors: list[ir.TensorProtocol], bit
     values = [ir.val(one.name or "", one.dtype, one.shape.numpy(), const_value=one) for one in tensors]
     for value in values:
         graph.register_initializer(value)
-    for gather in table.gathers:
+    for gather in table.readers:
         _replace(gather, [values[0], gather.inputs[1], *values[1:]], bits, block_size)
-    return len(table.gathers)
+    return len(table.readers)
 
 
 def lookups(site: Site) -> list[ir.Node]:
