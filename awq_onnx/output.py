@@ -39,6 +39,11 @@ SPILLED = "value-*.npy"  # what the parts of a graph leave there, see `calibrate
 REPLACED = "replaced"  # the folder with the output that was there before
 
 
+def alignment(size_bytes: int) -> int:
+    """Of a tensor in the data file, in bytes."""
+    return PAGE_BYTES if size_bytes >= INLINE_BYTES else LINE_BYTES
+
+
 def work_folder(output: Path) -> Path:
     """Where an output is made."""
     return output.with_name(f".{output.name}.unfinished")
@@ -79,7 +84,7 @@ class DataFile:
         self._file.close()
 
     def _aligned(self, size_bytes: int) -> int:
-        self._file.write(bytes(-self.end % (PAGE_BYTES if size_bytes >= INLINE_BYTES else LINE_BYTES)))
+        self._file.write(bytes(-self.end % alignment(size_bytes)))
         return self.end
 
 

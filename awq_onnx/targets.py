@@ -28,6 +28,7 @@ from awq_onnx.device import Device
 from awq_onnx.errors import RecipeError
 from awq_onnx.groups import Trial
 from awq_onnx.machine import size_text
+from awq_onnx.output import alignment
 from awq_onnx.passes import constants, embedding
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.embedding import Table
@@ -42,7 +43,7 @@ FEEDS = 2  # of the calibration data, some sequences each
 BITS = (4, 2, 8)  # the first of these and of the block sizes is the format that is tried
 LOOKED_UP_BITS = (4, 8)  # of an embedding, and of a layer that makes logits
 BLOCK_SIZES = (32, 16, 64, 128)
-NODE_BYTES = 2048  # about what a node with its metadata, and the alignment of its tensors, take
+NODE_BYTES = 2048  # more than a node with its metadata takes
 MEASURING = 0.5  # of the work, about; the rest is estimating
 
 FLOAT32 = np.dtype(np.float32)
@@ -140,7 +141,7 @@ def _offered(plain: Format, bits: Sequence[int], filled: int | None) -> tuple[Fo
 def check(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> None:
     """Raises RecipeError where not even the smallest formats reach the target."""
     others = _others_bytes(items, opened)
-    least = sum(min(_bytes(item, fmt) for fmt in item.formats) for item in items)
+    least = sum(min(_bytes(item, fmt, recipe) for fmt in item.formats) for item in items)
     if least <= _budget_bytes(items, others, recipe):
         return
     if recipe.target_size is not None:
@@ -183,7 +184,9 @@ def choose(
         cost = sum(costs[place] for place in item.places if place in costs) or unknown
         table = item.table
         lost = tables.losses_of(table, item.formats, setting.opened) if table else trials[item.sites[0]].losses
-        options.append([Option(_bytes(item, f), cost * loss) for f, loss in zip(item.formats, lost, strict=True)])
+        options.append(
+            [Option(_bytes(item, f, setting.recipe), cost * loss) for f, loss in zip(item.formats, lost, strict=True)]
+        )
     chosen = allocate(options, _budget_bytes(items, _others_bytes(items, setting.opened), setting.recipe))
     assert chosen is not None
     return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
@@ -195,7 +198,7 @@ def _budget_bytes(items: Sequence[Item], others: int, recipe: Recipe) -> int:
         return recipe.target_size - others
     if recipe.target_bits is not None:
         return int(recipe.target_bits * sum(item.weights for item in items) / 8) + NODE_BYTES * len(items)
-    return sum(_bytes(item, item.plain) for item in items)
+    return sum(_bytes(item, item.plain, recipe) for item in items)
 
 
 def _others_bytes(items: Sequence[Item], opened: OpenedModel) -> int:
@@ -224,13 +227,15 @@ def _stored(value: ir.Value) -> Iterator[ir.TensorProtocol]:
             yield from _stored(one)
 
 
-def _bytes(item: Item, fmt: Format) -> int:
-    """Codes, scales and zero points."""
+def _bytes(item: Item, fmt: Format, recipe: Recipe) -> int:
+    """Codes, scales and zero points; for a size of the file with the largest gaps before them."""
     K, N = item.shape
     blocks = -(-K // fmt.stored_block_size)
+    codes, scales = blocks * fmt.stored_block_size * fmt.bits // 8, blocks * fmt.scale_dtype.itemsize
     zero_points = 0 if fmt.symmetric else -(-blocks * fmt.bits // 8)
-    each = blocks * (fmt.stored_block_size * fmt.bits // 8 + fmt.scale_dtype.itemsize) + zero_points
-    return N * each + NODE_BYTES
+    sizes = [N * one for one in (codes, scales, zero_points)]
+    gaps = sum(map(alignment, sizes)) if recipe.target_size is not None else 0
+    return sum(sizes) + gaps + NODE_BYTES
 
 
 def _stand_in(site: Site, trial: Trial, path: Path) -> StandIn:

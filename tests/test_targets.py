@@ -74,6 +74,12 @@ def test_the_size_is_reached_and_not_exceeded(tmp_path: Path) -> None:
         assert 0.8 * size < report.size_after_bytes <= size
 
 
+def test_the_gaps_between_large_tensors_are_counted(tmp_path: Path) -> None:
+    model = tiny_decoder(hidden=256, mlp=1024, vocabulary=1000)
+    report, _ = quantized(tmp_path, model, target_size=1_400_000)
+    assert 0.95 * 1_400_000 < report.size_after_bytes <= 1_400_000
+
+
 def test_more_bits_are_closer(tmp_path: Path) -> None:
     found = []
     for target in (3.0, 4.5, 7.0):
