@@ -1,7 +1,10 @@
-"""What an error in each layer costs the output, measured: with one layer rounded, the whole model runs.
+"""What an error in each layer costs the output, measured: with one layer rounded, the model runs.
 
 The loss of an output is nearly quadratic in small errors, and errors of different layers hardly have anything in
 common, so that the sum of what each costs alone is about what all cost together.
+
+What comes before a layer does not change with it. So the layers are taken in stages, and for those of a stage the graph
+runs from the first of them on, with the values that were alive there.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed, Signature, shortened
 from awq_onnx.calibrate.maker import may_be_copied
+from awq_onnx.calibrate.parts import Piece, extract, needed, reads
 from awq_onnx.calibrate.segments import in_float32
-from awq_onnx.comparison import kl_divergence, log_softmax, real_rows
+from awq_onnx.comparison import ROWS_AT_ONCE, Rows, log_softmax, real_rows
 from awq_onnx.passes import switch
 from awq_onnx.passes.switch import NOBODY, NOISE, StandIn
 from awq_onnx.progress import unheard
@@ -26,7 +29,7 @@ from awq_onnx.runtime import CPU_PROVIDERS, Providers
 from awq_onnx.store import OpenedModel
 
 TOKENS = 64  # of a sequence
-EVERY = 4  # of its tokens are looked at: logits are large
+STAGES = 8  # half of the graph runs on average, and a little more where there are few
 BATCH_BYTES = 128 << 20  # of stand-ins in one model
 
 
@@ -48,17 +51,20 @@ def measure(
     relative error. windows: to run the model on. Places in the bodies of other nodes are left out, and all where no
     output holds floats.
     """
-    shorter = [in_float32(_shorter(window, wanted)) for window in windows]
-    fuse, losses = may_be_copied(opened), {}
-    for some in _batches(places, stand_ins):
-        model = ir.to_proto(opened.model)
-        made = {output for node in model.graph.node for output in node.output}
-        which = switch.add_switches(model, some, stand_ins)
+    windows = [in_float32(_shorter(window, wanted)) for window in windows]
+    alive, losses = windows, {}
+    fuse = may_be_copied(opened)
+    for stage in _stages(opened.model.graph, places, stand_ins, outputs):
+        model = extract(opened.model, stage.rest, alive[0])
+        which = switch.add_switches(model, stage.places, stand_ins)
         session = runtime.session(model.SerializeToString(), opened.folder, fuse=fuse, half=False, providers=providers)
-        judges = [_Judge.of(session, outputs, window, wanted, which) for window in shorter]
-        for number, place in enumerate(some):
-            if place in made and all(judge.expected for judge in judges):
-                loss = float(np.mean([judge.loss(number) for judge in judges]))
+        rest = _Rest(session, stage.rest, which)
+        alive = [rest.run(values, NOBODY) for values in alive]
+        judges = [_Judge.of(values, window, outputs, wanted) for values, window in zip(alive, windows, strict=True)]
+        for number, place in enumerate(stage.places):
+            if all(judge.expected for judge in judges):
+                made = (rest.run(values, number) for values in alive)
+                loss = float(np.mean([judge.loss(values) for judge, values in zip(judges, made, strict=True)]))
                 losses[place] = loss if place in stand_ins else loss / NOISE**2
             advance(1 / len(places))
     return losses
@@ -70,13 +76,40 @@ def _shorter(window: Feed, wanted: Signature) -> Feed:
     return window if mask is not None and not mask.all() else shortened(window, wanted, TOKENS)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """Some places, and what comes after the first of them is made, that included; it makes what later stages read."""
+
+    places: list[str]
+    rest: Piece
+
+
+def _stages(
+    graph: ir.Graph, places: Sequence[str], stand_ins: Mapping[str, StandIn], outputs: Sequence[str]
+) -> Iterator[_Stage]:
+    """The first of them runs everything that leads to the outputs."""
+    reading = {node: reads(node) for node in graph}
+    nodes = needed(reading, set(outputs))
+    made_at = {output.name or "": at for at, node in enumerate(nodes) for output in node.outputs}
+    batches = list(_batches(sorted(made_at.keys() & set(places), key=made_at.__getitem__), stand_ins))
+    starts = [made_at[batch[0]] if at else 0 for at, batch in enumerate(batches)]
+    read = [
+        tuple(dict.fromkeys(name for node in nodes[start:] for name in reading[node] if made_at.get(name, -1) < start))
+        for start in starts
+    ]
+    for batch, start, now, later in zip(batches, starts, read, [*read[1:], ()], strict=False):
+        makes = [name for name in dict.fromkeys([*outputs, *later]) if made_at.get(name, -1) >= start]
+        yield _Stage(batch, Piece(tuple(nodes[start:]), now, tuple(makes)))
+
+
 def _batches(places: Sequence[str], stand_ins: Mapping[str, StandIn]) -> Iterator[list[str]]:
-    """Places whose stand-ins fit into one model."""
+    """Neighbours whose stand-ins fit into one model."""
+    most = -(-len(places) // STAGES)
     some: list[str] = []
     size = 0
     for place in places:
         own = stand_ins[place].path.stat().st_size if place in stand_ins else 0
-        if some and size + own > BATCH_BYTES:
+        if some and (size + own > BATCH_BYTES or len(some) == most):
             yield some
             some, size = [], 0
         some.append(place)
@@ -86,40 +119,69 @@ def _batches(places: Sequence[str], stand_ins: Mapping[str, StandIn]) -> Iterato
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """What an error does to the outputs for one window. expected: of each output of floats, rows (R, C); of logits the
-    logarithms of probabilities, for every few tokens.
-    """
+class _Rest:
+    """A piece of the graph in a session. which: the input that says where the error is."""
 
     session: Any
-    outputs: list[str]
+    piece: Piece
+    which: str
+
+    def run(self, values: Feed, number: int) -> Feed:
+        """`values`, and in their place what the piece makes of them with the error there."""
+        names = list(self.piece.makes)
+        feed = {name: values[name] for name in self.piece.reads}
+        made = runtime.run(self.session, names, {**feed, self.which: np.array(number, np.int64)})
+        return {**values, **dict(zip(names, made, strict=True))}
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What an error does to the outputs for one window.
+
+    expected: of each output of floats, rows (R, C); of logits the logarithms of probabilities.
+    """
+
+    outputs: Sequence[str]
     window: Feed
     wanted: Signature
-    which: str
-    expected: tuple[NDArray[np.float64], ...] = ()
+    expected: tuple[Rows, ...] = ()
 
     @classmethod
-    def of(cls, session: Any, outputs: list[str], window: Feed, wanted: Signature, which: str) -> _Judge:
-        judge = cls(session, outputs, window, wanted, which)
-        return replace(judge, expected=judge._made(NOBODY))
+    def of(cls, values: Feed, window: Feed, outputs: Sequence[str], wanted: Signature) -> _Judge:
+        judge = cls(outputs, window, wanted)
+        rows = judge._rows(values)
+        if rows and judge._are_logits(rows[0]):
+            rows = (log_softmax(rows[0]).astype(np.float32),)
+        return replace(judge, expected=rows)
 
-    def loss(self, number: int) -> float:
-        """With the error at that place."""
-        pairs = list(zip(self.expected, self._made(number), strict=True))
-        if self._are_logits(self.expected[0]):
-            return float(kl_divergence(*pairs[0]).mean())
-        both = [(one, other, np.isfinite(one) & np.isfinite(other)) for one, other in pairs]
+    def loss(self, values: Feed) -> float:
+        """With these outputs."""
+        rows = self._rows(values)
+        if self._are_logits(rows[0]):
+            return _divergence(self.expected[0], rows[0])
+        both = [
+            (one, other, np.isfinite(one) & np.isfinite(other)) for one, other in zip(self.expected, rows, strict=True)
+        ]
         energy = sum(float(np.square(one[finite]).sum()) for one, _, finite in both)
         error = sum(float(np.square(one[finite] - other[finite]).sum()) for one, other, finite in both)
         return error / (energy or 1.0)
 
-    def _made(self, number: int) -> tuple[NDArray[np.float64], ...]:
-        made = runtime.run(self.session, self.outputs, {**self.window, self.which: np.array(number, np.int64)})
-        rows = [real_rows(one, self.window, self.wanted) for one in made if one.dtype.kind == "f"]
-        if rows and self._are_logits(rows[0]):
-            of_tokens = made[0].ndim == 3
-            return (log_softmax(rows[0][:: EVERY if of_tokens else 1]),)
-        return tuple(one.astype(np.float64) for one in rows)
+    def _rows(self, values: Feed) -> tuple[Rows, ...]:
+        made = (values[name] for name in self.outputs)
+        return tuple(real_rows(one, self.window, self.wanted) for one in made if one.dtype.kind == "f")
 
-    def _are_logits(self, rows: NDArray[Any]) -> bool:
+    def _are_logits(self, rows: Rows) -> bool:
         return self.wanted.logits is not None and rows.shape[1] > 1
+
+
+def _divergence(log_p: Rows, logits: Rows) -> float:
+    """The mean KL(p || q) of rows of logits of q (T, V), in nats. Sums are in double precision."""
+    total = 0.0
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        p, largest = np.exp(log_p[some]), logits[some].max(axis=1, keepdims=True)
+        log_sums = np.log(np.exp(logits[some] - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
+        with np.errstate(invalid="ignore"):  # -inf - -inf
+            terms = np.where(p > 0, p * (log_p[some] - logits[some]), 0)
+        total += float((terms.sum(axis=1, dtype=np.float64) + log_sums).sum())
+    return total / max(len(logits), 1)

@@ -5,7 +5,8 @@ And the arrays that tests of the numbers share: activations, weights, what calib
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from onnx import helper, numpy_helper
 
 from awq_onnx import codec
 from awq_onnx.codec import Format
+from awq_onnx.passes.absorb import Group, find_groups
+from awq_onnx.passes.sites import survey
 from awq_onnx.search import Reader
 from awq_onnx.statistics import InputStatistics
+from awq_onnx.store import OpenedModel, open_model
 
 Array = NDArray[Any]
 
@@ -324,6 +328,12 @@ def save(model: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
     else:
         onnx.save(model, path)
     return path
+
+
+@contextmanager
+def opened_with_groups(model: onnx.ModelProto) -> Iterator[tuple[OpenedModel, tuple[Group, ...]]]:
+    with open_model(model) as opened:
+        yield opened, find_groups(survey(opened.model))
 
 
 def run(model: onnx.ModelProto | Path, feed: dict[str, Array]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from builders import save, tiny_decoder
 from onnx import numpy_helper
@@ -13,7 +14,8 @@ from test_methods import IDS
 
 import awq_onnx
 from awq_onnx import Recipe, sensitivity
-from awq_onnx.calibrate.feeds import complete, signature
+from awq_onnx.calibrate.feeds import Feed, complete, signature
+from awq_onnx.calibrate.parts import Piece
 from awq_onnx.passes.switch import INPUTS, StandIn
 from awq_onnx.store import open_model
 
@@ -43,12 +45,6 @@ def stand_ins_of(model: Path, factor: float = 1) -> dict[str, StandIn]:
     return found
 
 
-@pytest.fixture
-def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "EVERY", 1)
-
-
-@pytest.mark.usefixtures("every_token")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("layer", ["/layers.1/mlp/down_proj/MatMul", "/layers.0/q_proj/MatMul"])
 def test_a_stand_in_costs_what_a_model_with_that_layer_costs(tmp_path: Path, dtype: type, layer: str) -> None:
@@ -64,31 +60,51 @@ def test_a_stand_in_costs_what_a_model_with_that_layer_costs(tmp_path: Path, dty
         assert measured(model, [place], {place: stand_in})[place] == pytest.approx(wanted, rel=rtol)
 
 
-def test_many_stand_ins_cost_in_several_models_what_they_cost_in_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stages", "batch_bytes"), [(2, 1 << 30), (1000, 1 << 30), (1, 20_000)])
+def test_stand_ins_cost_in_several_stages_what_they_cost_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int, batch_bytes: int
 ) -> None:
     model = save(tiny_decoder(hidden=128, mlp=256, vocabulary=400), tmp_path / "model.onnx")
     awq_onnx.quantize(model, tmp_path / "out.onnx", Recipe(method="rtn", samples=2, sequence_length=8), calibration=IDS)
     layers = stand_ins_of(tmp_path / "out.onnx")
+    monkeypatch.setattr(sensitivity, "STAGES", 1)
     in_one = measured(model, list(layers), layers)
-    monkeypatch.setattr(sensitivity, "BATCH_BYTES", 20_000)
-    assert measured(model, list(layers), layers) == in_one
+    monkeypatch.setattr(sensitivity, "STAGES", stages)
+    monkeypatch.setattr(sensitivity, "BATCH_BYTES", batch_bytes)
+    assert measured(model, list(reversed(layers)), layers) == pytest.approx(in_one, rel=1e-3)
     assert len(in_one) == len(layers)
     assert min(in_one.values()) > 0
+
+
+def test_a_stage_runs_only_what_comes_after_its_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    original = sensitivity.extract
+
+    def watched(model: ir.Model, piece: Piece, alive: Feed) -> onnx.ModelProto:
+        ran.append(len(piece.nodes))
+        return original(model, piece, alive)
+
+    monkeypatch.setattr(sensitivity, "extract", watched)
+    model = tiny_decoder()
+    places = [node.output[0] for node in model.graph.node if node.op_type == "MatMul" and node.name]
+    measured(save(model, tmp_path / "model.onnx"), places, {})
+    assert len(ran) > 3
+    assert ran == sorted(ran, reverse=True)
+    assert ran[-1] < 0.2 * ran[0]
 
 
 def test_noise_costs_the_more_the_more_a_value_counts(tmp_path: Path) -> None:
     model = tiny_decoder(hidden=128, mlp=256, vocabulary=400)
     for tensor in model.graph.initializer:
         if tensor.name == "/layers.0/mlp/down_proj.weight":
-            quiet = numpy_helper.to_array(tensor) * np.float32(0.1)
+            quiet = numpy_helper.to_array(tensor) * np.float32(0.01)
             tensor.CopyFrom(numpy_helper.from_array(quiet, tensor.name))
     places = {
         node.name: node.output[0] for node in model.graph.node if node.name.endswith(("down_proj/MatMul", "/Gather"))
     }
     costs = measured(save(model, tmp_path / "model.onnx"), list(places.values()), {})
     quiet, loud = (costs[places[f"/layers.{layer}/mlp/down_proj/MatMul"]] for layer in (0, 1))
-    assert 0 < 5 * quiet < loud
+    assert 0 < 100 * quiet < loud
     assert costs[places["/embed_tokens/Gather"]] > loud
 
 

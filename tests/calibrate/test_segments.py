@@ -13,7 +13,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import Array, GraphBuilder, decoder_feed, gated_mlp, run, save, tiny_decoder, two_linears
+from builders import (
+    Array,
+    GraphBuilder,
+    decoder_feed,
+    gated_mlp,
+    opened_with_groups,
+    run,
+    save,
+    tiny_decoder,
+    two_linears,
+)
 
 from awq_onnx import quantize, runtime
 from awq_onnx.calibrate import segments
@@ -22,19 +32,12 @@ from awq_onnx.machine import Machine
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
 from awq_onnx.statistics import InputStatistics
-from awq_onnx.store import OpenedModel, open_model
 
 Feed = dict[str, Array]
 Statistics = dict[str, InputStatistics]
 
 WHOLE = 1 << 30  # bytes: nothing here is cut for want of more
 BUDGETS = (1, 10_000, 100_000, 400_000, 1_000_000)
-
-
-@contextmanager
-def opened_with_groups(model: onnx.ModelProto) -> Iterator[tuple[OpenedModel, tuple[Group, ...]]]:
-    with open_model(model) as opened:
-        yield opened, find_groups(survey(opened.model))
 
 
 @contextmanager
@@ -128,49 +131,6 @@ def test_a_half_precision_model_runs_in_fp32() -> None:
         np.testing.assert_allclose(found[name].act_max, np.abs(rows_of(values)).max(axis=0), rtol=0.01, atol=0.01)
 
 
-def test_a_smaller_budget_makes_more_parts() -> None:
-    with opened_with_groups(tiny_decoder()) as (opened, groups):
-        counts = [
-            len(segments.cut(opened.model.graph, groups, part_bytes)) for part_bytes in (0, 30_000, 60_000, WHOLE)
-        ]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[1] > counts[2] > counts[3] == 1
-
-
-def test_the_parts_are_the_needed_nodes_in_order() -> None:
-    with opened_with_groups(tiny_decoder()) as (opened, groups):
-        order = {node: position for position, node in enumerate(opened.model.graph)}
-        for part_bytes in (0, 10_000, WHOLE):
-            parts = segments.cut(opened.model.graph, groups, part_bytes)
-            positions = [order[node] for part in parts for node in part.nodes]
-            assert positions == sorted(set(positions))
-            assert [name for part in parts for name in part.taps] == [group.inputs[0].name for group in groups]
-
-
-def test_nodes_after_the_last_tap_are_in_no_part() -> None:
-    with opened_with_groups(tiny_decoder()) as (opened, groups):
-        (part,) = segments.cut(opened.model.graph, groups, WHOLE)
-    names = {node.name for node in part.nodes}
-    assert "/layers.1/mlp/Mul" in names  # the input of the last down_proj
-    assert not names & {"/layers.1/mlp/down_proj/MatMul", "/norm/Mul_1", "/lm_head/MatMul"}
-    assert "logits" not in part.makes
-
-
-def test_what_nobody_reads_any_more_is_dropped() -> None:
-    """At the end only the mask is alive: everything else has been read for the last time."""
-    with opened_with_groups(tiny_decoder()) as (opened, groups):
-        parts = segments.cut(opened.model.graph, groups, 10_000)
-        alive = {value.name for value in opened.model.graph.inputs}
-        most = 0
-        for part in parts:
-            assert set(part.reads) <= alive
-            alive |= set(part.makes)
-            most = max(most, len(alive))
-            alive -= part.dead_after
-    assert alive == {"attention_mask"}
-    assert most < 20
-
-
 def test_groups_come_with_their_part_and_the_parts_one_by_one() -> None:
     model, fractions = tiny_decoder(), list[float]()
     with in_parts(model, Data([decoder_feed(model, IDS)]), 1) as (parts, groups):
@@ -240,17 +200,6 @@ def test_what_is_measured_is_in_no_sum_and_alone_goes_on_to_the_outputs(
     assert ran["logits"] == 1
     ((logits,),) = measured
     np.testing.assert_allclose(logits, run(model, held_out)["logits"], rtol=1e-4, atol=1e-5)
-
-
-def test_the_parts_for_the_outputs_alone_come_last() -> None:
-    with opened_with_groups(tiny_decoder()) as (opened, groups):
-        for part_bytes in (0, 10_000, WHOLE):
-            parts = segments.cut(opened.model.graph, groups, part_bytes, ("logits",))
-            assert [part.tail for part in parts] == [False] * (len(parts) - 1) + [True]
-            assert not parts[-1].taps
-            assert "/lm_head/MatMul" in {node.name for node in parts[-1].nodes}
-            assert parts[-1].makes == ("logits",)
-            assert parts[-1].end == sum(len(part.nodes) for part in parts)
 
 
 def test_an_output_that_is_an_input_of_a_group_is_measured_before_the_end() -> None:
