@@ -60,12 +60,14 @@ class SiteResult:
 class GroupResult:
     """The scale of a group and its weights.
 
-    scale: float32 (K,), of the inputs. folded: where it went, or why it could go nowhere. divided: what to divide each
-    absorber's channels by, float32 (channels,), one for each of `folded`. mul_loss: where nothing absorbs the scale,
-    the loss with a Mul for it over the loss without, None where that was not worth trying. multiplied: whether it is.
+    formula, alpha: what the scale was made with, see `search.FORMULAS`. scale: float32 (K,), of the inputs. folded:
+    where it went, or why it could go nowhere. divided: what to divide each absorber's channels by, float32 (channels,),
+    one for each of `folded`. mul_loss: where nothing absorbs the scale, the loss with a Mul for it over the loss
+    without, None where that was not worth trying. multiplied: whether it is.
     """
 
     group: Group
+    formula: str
     alpha: float
     scale: Float32
     folded: tuple[Absorber, ...] | Refusal
@@ -83,6 +85,7 @@ class Found:
     """
 
     group: Group
+    formula: str
     alpha: float
     scale: Float32
     layers: tuple[tuple[Site, ...], ...]
@@ -159,7 +162,7 @@ def search_group(
             scale, rounded = (divided_by, scaled) if multiplied else (scale, rounded)
     alpha = 0.0 if np.all(scale == 1) else choice.alpha
     used = tuple(reader.fmt for reader in readers)
-    return Found(group, alpha, scale, layers, used, tuple(rounded), bool(seen), mul_loss, multiplied)
+    return Found(group, choice.formula, alpha, scale, layers, used, tuple(rounded), bool(seen), mul_loss, multiplied)
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> 
         for sites, rounded, fmt in zip(found.layers, found.rounded, found.formats, strict=True)
     ]
     return {
+        "formula": found.formula,
         "alpha": found.alpha,
         "scale": describe(files.keep("scale", found.scale)),
         "ran": found.ran,
@@ -289,6 +293,7 @@ def result_of(
     }
     return GroupResult(
         group=group,
+        formula=entry["formula"],
         alpha=entry["alpha"],
         scale=scale,
         folded=folded,

@@ -16,19 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import groups
-from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Saved, Segments, Statistics
 from awq_onnx.codec import Format
-from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.groups import Found, GroupResult
-from awq_onnx.output import OutputFiles
+from awq_onnx.job import Job, Traced, submit
 from awq_onnx.passes import rewrite
 from awq_onnx.passes.absorb import Group
-from awq_onnx.passes.sites import Refusal, Site
-from awq_onnx.recipe import Recipe
-from awq_onnx.store import OpenedModel
-from awq_onnx.threads import LARGE, Spread, Workers, usable_cores
+from awq_onnx.passes.sites import Site
+from awq_onnx.threads import Spread, Workers, usable_cores
 
 Outputs = list[NDArray[np.generic]]
 
@@ -39,54 +35,48 @@ FORWARD = 0.5  # of the work, about; the rest is the search
 
 @dataclass(frozen=True)
 class Partwise:
-    """opened: the model whose weights are quantised. straight: the model to run. plan: its groups, in the order of the
-    results. maps: as from `channels.trace`. formats: of every site. device: what runs the parts and searches.
-    """
+    """plan: the groups, in the order of the results. formats: of every site."""
 
-    opened: OpenedModel
-    straight: OpenedModel
+    job: Job
+    traced: Traced
     plan: Sequence[Group]
-    maps: Mapping[Group, ChannelMap | Refusal]
     formats: Mapping[Site, Format]
-    recipe: Recipe
-    files: OutputFiles
-    budget_bytes: int
-    device: Device = PROCESSOR
     _searched: deque[tuple[Group, Future[Found]]] = field(default_factory=deque)
 
     def run(
         self, data: CalibrationData, outputs: Sequence[str], advance: Callable[[float], None]
     ) -> tuple[list[GroupResult], list[Outputs]]:
         """The results of all groups, and what the model makes of the held-out data."""
+        job, files = self.job, self.job.files
         entries = {group: f"{GROUP} {number}" for number, group in enumerate(self.plan)}
-        finished = {group for group, entry in entries.items() if entry in self.files.done}
+        finished = {group for group, entry in entries.items() if entry in files.done}
         names = rewrite.weight_names([site for group in self.plan for site in group.sites])
         share = (1 - FORWARD) / max(len(entries) - len(finished), 1)
 
         def write(*, wait: bool) -> None:
             while self._searched and (wait or self._searched[0][1].done()):
                 group, found = self._searched.popleft()
-                self.files.record(entries[group], groups.write_group(found.result(), self.files, names))
+                files.record(entries[group], groups.write_group(found.result(), files, names))
                 advance(share)
 
-        with Workers(usable_cores(), self.budget_bytes) as workers, self.files.failures():
+        with Workers(usable_cores(), job.budget_bytes) as workers, files.failures():
             run = Segments(
-                self.straight,
+                self.traced.straight,
                 self.plan,
                 Data(data.feeds, data.held_out, outputs),
-                folder=self.files.work,
-                budget_bytes=self.budget_bytes,
+                folder=files.work,
+                budget_bytes=job.budget_bytes,
                 finished=finished,
                 saved=self._saved(len(data.feeds) + len(data.held_out)),
                 spread=workers.spread,
-                device=self.device,
+                device=job.device,
             )
             last_saved = time.monotonic()
             for known in run.run(make_room=workers.make_room, advance=lambda part: advance(FORWARD * part)):
                 while known:
                     self._search(*known.pop(0), workers, data.random)
                     write(wait=False)
-                self.opened.let_go()
+                job.opened.let_go()
                 if time.monotonic() - last_saved > SAVE_EVERY_SECONDS and run.can_be_saved:
                     write(wait=True)
                     self._save(run)
@@ -95,32 +85,40 @@ class Partwise:
         return [self._result(group, entry, names) for group, entry in entries.items()], run.measured
 
     def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool) -> None:
-        channels, recipe, opened, device = self.maps.get(group), self.recipe, self.opened, self.device
+        channels, job = self.traced.maps.get(group), self.job
         formats = {site: self.formats[site] for site in group.sites}
 
-        def job(spread: Spread) -> Found:
+        def work(spread: Spread) -> Found:
             return groups.search_group(
-                group, channels, statistics, formats, recipe, opened, random=random, spread=spread, device=device
+                group,
+                channels,
+                statistics,
+                formats,
+                job.recipe,
+                job.opened,
+                random=random,
+                spread=spread,
+                device=job.device,
             )
 
-        size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)
-        self._searched.append((group, workers.submit(size_bytes, job, piece_bytes=piece_bytes, large=group.K > LARGE)))
+        self._searched.append((group, submit(workers, group, work)))
 
     def _result(self, group: Group, entry: str, names: Mapping[Site, str]) -> GroupResult:
-        return groups.result_of(self.files.done[entry], group, self.maps.get(group), self.files.work, names)
+        files = self.job.files
+        return groups.result_of(files.done[entry], group, self.traced.maps.get(group), files.work, names)
 
     def _save(self, run: Segments) -> None:
         """Let an interrupted run go on from here, in the place of the values saved before."""
-        before = self.files.done.get(VALUES)
+        before = self.job.files.done.get(VALUES)
         number = 1 + before["number"] if before else 0
-        end = run.save(self.files.work / f"{VALUES}-{number}.npz")
-        self.files.record(VALUES, {"number": number, "end": end})
-        for other in self.files.work.glob(f"{VALUES}-*.npz"):
+        end = run.save(self.job.files.work / f"{VALUES}-{number}.npz")
+        self.job.files.record(VALUES, {"number": number, "end": end})
+        for other in self.job.files.work.glob(f"{VALUES}-*.npz"):
             if other.name != f"{VALUES}-{number}.npz":
                 other.unlink()
 
     def _saved(self, feeds: int) -> Saved | None:
-        entry = self.files.done.get(VALUES)
+        entry = self.job.files.done.get(VALUES)
         if entry is None:
             return None
-        return Saved.read(self.files.work / f"{VALUES}-{entry['number']}.npz", entry["end"], feeds)
+        return Saved.read(self.job.files.work / f"{VALUES}-{entry['number']}.npz", entry["end"], feeds)

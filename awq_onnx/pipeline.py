@@ -19,13 +19,14 @@ from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
-from awq_onnx.calibrate.feeds import Signature, shortened, signature
+from awq_onnx.calibrate.feeds import shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
 from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
+from awq_onnx.job import Job, Traced
 from awq_onnx.machine import Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
@@ -80,7 +81,7 @@ def quantize(
         wanted = signature(opened.model.graph)
         key = resume.key(opened, wanted, recipe, calibration, tokenizer, machine.device)
         with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:
-            run = _Run(opened, wanted, recipe, files, device, machine.budget_bytes, progress)
+            job = Job(opened, wanted, recipe, files, device, machine.budget_bytes, progress)
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
             if recipe.chooses_formats:
@@ -89,18 +90,18 @@ def quantize(
             if not files.done:
                 groups.check_weights(plan.survey.sites, opened)
             with meter.stage("calibration data"):
-                calibration_data = _calibration_data(run, calibration, tokenizer)
-            traced = _trace(run, plan, calibration_data)
+                calibration_data = _calibration_data(job, calibration, tokenizer)
+            traced = _trace(job, plan, calibration_data)
             if recipe.chooses_formats:
                 with meter.stage("choose formats"):
-                    plan = _to_target(run, plan, traced, outputs, calibration_data)
+                    plan = _to_target(job, plan, traced, outputs, calibration_data)
             with meter.stage("calibrate and search"):
-                results, expected = _search(run, plan, traced, outputs, calibration_data)
+                results, expected = _search(job, plan, traced, outputs, calibration_data)
             with meter.stage("write"):
-                packed_tables = _packed_tables(run, plan)
-                finished = _write(run, results, packed_tables)
+                packed_tables = _packed_tables(job, plan)
+                finished = _write(job, results, packed_tables)
             with meter.stage("measure"):
-                comparison = _measure(run, finished, outputs, expected, calibration_data)
+                comparison = _measure(job, finished, outputs, expected, calibration_data)
             size_after_bytes = files.publish()
         return Report(
             model=str(opened.path or "a model in memory"),
@@ -120,19 +121,6 @@ def quantize(
             peak_memory_bytes=meter.peak_private_bytes,
             resident_memory_bytes=meter.peak_resident_bytes,
         )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the steps of one call share. wanted: the inputs and outputs of the model."""
-
-    opened: OpenedModel
-    wanted: Signature
-    recipe: Recipe
-    files: OutputFiles
-    device: Device
-    budget_bytes: int
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -230,72 +218,48 @@ def _check_patterns(recipe: Recipe, survey: Survey) -> None:
             raise RecipeError(f"override {text!r} fits no layer that is quantised; {why}")
 
 
-def _calibration_data(run: _Run, calibration: Calibration, tokenizer: str | os.PathLike[str] | None) -> CalibrationData:
+def _calibration_data(job: Job, calibration: Calibration, tokenizer: str | os.PathLike[str] | None) -> CalibrationData:
     """What an interrupted run had, or new data."""
-    files = run.files
+    files = job.files
     if CALIBRATION in files.done:
         finished = sum(name.startswith(partwise.GROUP) for name in files.done)
         had = f"{finished} group{'s' * (finished != 1)} of layers" if finished else "its calibration data"
-        run.progress.note(f"Going on from an interrupted run, which had finished {had}.")
+        job.progress.note(f"Going on from an interrupted run, which had finished {had}.")
         return CalibrationData.kept(files.done[CALIBRATION], files.work)
-    loaded = data.load(run.opened, run.wanted, run.recipe, calibration, tokenizer, run.progress, run.device)
+    loaded = data.load(job.opened, job.wanted, job.recipe, calibration, tokenizer, job.progress, job.device)
     files.record(CALIBRATION, loaded.keep(files))
     return loaded
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What is known before any part runs: the model along the branches that the data take, and where channels go."""
-
-    straight: OpenedModel
-    maps: Mapping[Group, ChannelMap | Refusal]
-
-
-def _trace(run: _Run, plan: Plan, calibration_data: CalibrationData) -> _Traced:
+def _trace(job: Job, plan: Plan, calibration_data: CalibrationData) -> Traced:
     runtime.give_back_memory()
-    run.progress.stage("Tracing channels")
-    straight = straighten(run.opened, plan.survey, calibration_data.feeds[0])
-    return _Traced(straight.opened, trace_channels(plan, straight, calibration_data))
+    job.progress.stage("Tracing channels")
+    straight = straighten(job.opened, plan.survey, calibration_data.feeds[0])
+    return Traced(straight.opened, trace_channels(plan, straight, calibration_data))
 
 
 def _search(
-    run: _Run, plan: Plan, traced: _Traced, outputs: list[str], calibration_data: CalibrationData
+    job: Job, plan: Plan, traced: Traced, outputs: list[str], calibration_data: CalibrationData
 ) -> tuple[list[GroupResult], list[Outputs]]:
     """The results of all groups, and the `outputs` of the model for what is held out."""
-    run.progress.stage("Calibrating and searching")
-    parts = Partwise(
-        run.opened,
-        traced.straight,
-        plan.groups,
-        traced.maps,
-        plan.formats,
-        run.recipe,
-        run.files,
-        run.budget_bytes,
-        run.device,
-    )
-    return parts.run(calibration_data, outputs, run.progress.advance)
+    job.progress.stage("Calibrating and searching")
+    parts = Partwise(job, traced, plan.groups, plan.formats)
+    return parts.run(calibration_data, outputs, job.progress.advance)
 
 
-def _to_target(
-    run: _Run, plan: Plan, traced: _Traced, outputs: Sequence[str], calibration_data: CalibrationData
-) -> Plan:
+def _to_target(job: Job, plan: Plan, traced: Traced, outputs: Sequence[str], calibration_data: CalibrationData) -> Plan:
     """The plan with the formats that reach the target of the recipe."""
-    items = _items(plan, run.recipe)
-    if FORMATS not in run.files.done:
-        run.progress.stage("Choosing formats")
-        folder, budget_bytes, device = run.files.work, run.budget_bytes, run.device
-        setting = targets.Setting(
-            run.opened, traced.straight, traced.maps, run.recipe, run.wanted, outputs, folder, budget_bytes, device
-        )
-        with run.files.failures():
-            chosen = targets.choose(items, plan.groups, calibration_data, setting, run.progress.advance)
-        run.files.record(FORMATS, {"chosen": [item.formats.index(f) for item, f in zip(items, chosen, strict=True)]})
-    formats = [item.formats[at] for item, at in zip(items, run.files.done[FORMATS]["chosen"], strict=True)]
+    items = _items(plan, job.recipe)
+    if FORMATS not in job.files.done:
+        job.progress.stage("Choosing formats")
+        with job.files.failures():
+            chosen = targets.choose(items, plan.groups, calibration_data, job, traced, outputs)
+        job.files.record(FORMATS, {"chosen": [item.formats.index(f) for item, f in zip(items, chosen, strict=True)]})
+    formats = [item.formats[at] for item, at in zip(items, job.files.done[FORMATS]["chosen"], strict=True)]
     of_sites = {site: fmt for item, fmt in zip(items, formats, strict=True) for site in item.sites}
     of_tables = tuple((item.table, fmt) for item, fmt in zip(items, formats, strict=True) if item.table)
     plan = replace(plan, formats=of_sites, tables=of_tables)
-    run.files.check_space(_estimated_bytes(run.opened, plan))
+    job.files.check_space(_estimated_bytes(job.opened, plan))
     return plan
 
 
@@ -313,22 +277,22 @@ def trace_channels(
     return channels.trace(models, opened.folder, plan.groups, plan.survey, feed)
 
 
-def _packed_tables(run: _Run, plan: Plan) -> list[TableResult]:
+def _packed_tables(job: Job, plan: Plan) -> list[TableResult]:
     """The tables of embeddings, written."""
     results = []
     for number, (table, fmt) in enumerate(plan.tables):
         name = f"table {number}"
-        if name not in run.files.done:
-            run.files.record(name, tables.write_table(table, fmt, run.opened, run.files))
-        results.append(tables.result_of(run.files.done[name], table, run.files.work))
+        if name not in job.files.done:
+            job.files.record(name, tables.write_table(table, fmt, job.opened, job.files))
+        results.append(tables.result_of(job.files.done[name], table, job.files.work))
     return results
 
 
-def _write(run: _Run, results: Sequence[GroupResult], packed_tables: Sequence[TableResult]) -> Path:
+def _write(job: Job, results: Sequence[GroupResult], packed_tables: Sequence[TableResult]) -> Path:
     """The finished model, not yet in its place."""
-    run.progress.stage("Writing the model")
-    _edit(run.opened, results, packed_tables, run.files, run.recipe)
-    return run.files.write(run.opened.model)
+    job.progress.stage("Writing the model")
+    _edit(job.opened, results, packed_tables, job.files, job.recipe)
+    return job.files.write(job.opened.model)
 
 
 def _edit(
@@ -423,6 +387,7 @@ def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
     row = report.matmul_report(result, site)
     return {
         "awq_onnx.alpha": f"{row.alpha:g}",
+        "awq_onnx.scale_from": row.scale_from,
         "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason} ({row.blocked_by})",
         "awq_onnx.error": f"{row.error:.5f}",
         "awq_onnx.error_of_plain_rounding": f"{row.plain_error:.5f}",
@@ -447,17 +412,17 @@ def _estimated_bytes(opened: OpenedModel, plan: Plan) -> int:
 
 
 def _measure(
-    run: _Run,
+    job: Job,
     finished: Path,
     outputs: list[str],
     expected: list[Outputs],
     calibration_data: CalibrationData,
 ) -> Comparison:
     """onnxruntime runs the result before it is published."""
-    run.progress.stage("Measuring the result")
-    session = _session_of(finished, run.budget_bytes, run.device)
+    job.progress.stage("Measuring the result")
+    session = _session_of(finished, job.budget_bytes, job.device)
     held_out = calibration_data.held_out
-    return compare_outputs(outputs, expected, session, held_out, run.wanted, run.progress.advance)
+    return compare_outputs(outputs, expected, session, held_out, job.wanted, job.progress.advance)
 
 
 def _session_of(finished: Path, budget_bytes: int, device: Device) -> Any:

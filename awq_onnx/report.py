@@ -16,7 +16,7 @@ from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import size_text
 from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.recipe import UNSCALED, WHOLE_COLUMN, Recipe
+from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, WHOLE_COLUMN, Recipe
 from awq_onnx.tables import TableResult
 
 
@@ -24,9 +24,10 @@ from awq_onnx.tables import TableResult
 class MatMulReport:
     """One quantised MatMul: K in, N out, `bits` a weight, `block_size` weights with one scale.
 
-    alpha: exponent of its input's scale; 0 is no scale. folded_into: the node that was divided, fold: what kind of
-    node that is ("norm gain", "MatMul", or a "Mul" that was added). Where there is none, reason: why, blocked_by:
-    what is in the way, mul_gain: what its error would be multiplied by if --allow-mul added one.
+    alpha: exponent of its input's scale; 0 is no scale. scale_from: what that was made of, as in the recipe.
+    folded_into: the node that was divided, fold: what kind of node that is ("norm gain", "MatMul", or a "Mul" that was
+    added). Where there is none, reason: why, blocked_by: what is in the way, mul_gain: what its error would be
+    multiplied by if --allow-mul added one.
     error, plain_error: ||X E|| / ||X W|| on the calibration data, as shipped and for plain rounding
     (round-to-nearest) without a scale.
     """
@@ -37,6 +38,7 @@ class MatMulReport:
     bits: int
     block_size: int
     alpha: float
+    scale_from: str
     folded_into: str | None
     fold: str | None
     reason: str | None
@@ -150,6 +152,7 @@ def matmul_report(result: GroupResult, site: SiteResult) -> MatMulReport:
         bits=site.bits,
         block_size=site.block_size,
         alpha=result.alpha,
+        scale_from=result.formula,
         folded_into=_places(result),
         fold=_kind(result),
         reason=refusal.reason if refusal else None,
@@ -188,7 +191,9 @@ def _scales(matmuls: Iterable[MatMulReport], recipe: Recipe) -> str:
     counts = Counter(one.fold for one in folded)
     parts = ", ".join(f"{count} into {_PLACES[kind]}" for kind, count in counts.items() if kind is not None)
     added = "Mul nodes added" if "Mul" in counts else "no node added"
-    return f"folded: {parts}; mean alpha {np.mean([one.alpha for one in folded]):.2f}; {added}"
+    made = Counter(one.scale_from for one in folded if one.alpha > 0) if recipe.scale_from == EVERY_FORMULA else {}
+    formulas = "; from " + ", ".join(f"{name} {count}" for name, count in made.items()) if made else ""
+    return f"folded: {parts}; mean alpha {np.mean([one.alpha for one in folded]):.2f}{formulas}; {added}"
 
 
 _PLACES = {"norm gain": "norm gains", "MatMul": "the MatMul before", "Mul": "a Mul on the input"}

@@ -8,7 +8,7 @@ other formats it is taken in proportion: these are the losses of a knapsack (`aw
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,25 +19,22 @@ import onnx_ir as ir
 
 from awq_onnx import codec, groups, sensitivity, tables
 from awq_onnx.allocate import Option, allocate
-from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import CalibrationData
-from awq_onnx.calibrate.feeds import Signature
 from awq_onnx.calibrate.segments import Data, Segments, Statistics
 from awq_onnx.codec import Format
-from awq_onnx.device import Device
 from awq_onnx.errors import RecipeError
 from awq_onnx.groups import Trial
+from awq_onnx.job import Job, Traced, submit
 from awq_onnx.machine import size_text
 from awq_onnx.output import alignment
 from awq_onnx.passes import constants, embedding
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.embedding import Table
-from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.passes.sites import Site
 from awq_onnx.passes.switch import StandIn
-from awq_onnx.progress import unheard
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel
-from awq_onnx.threads import LARGE, Spread, Workers, usable_cores
+from awq_onnx.threads import Spread, Workers, usable_cores
 
 FEEDS = 2  # of the calibration data, some sequences each
 BITS = (4, 2, 8)  # the first of these and of the block sizes is the format that is tried
@@ -88,21 +85,6 @@ class Item:
     def values(self) -> list[ir.Value]:
         """Its weight, or its table, in the graph."""
         return [self.table.value] if self.table else [site.weight for site in self.sites]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What choosing goes by. opened: the model that is quantised; straight: the model to run."""
-
-    opened: OpenedModel
-    straight: OpenedModel
-    maps: Mapping[Group, ChannelMap | Refusal]
-    recipe: Recipe
-    wanted: Signature
-    outputs: Sequence[str]
-    folder: Path
-    budget_bytes: int
-    device: Device
 
 
 def items_of(
@@ -157,23 +139,24 @@ def choose(
     items: Sequence[Item],
     plan: Sequence[Group],
     data: CalibrationData,
-    setting: Setting,
-    advance: Callable[[float], None] = unheard,
+    job: Job,
+    traced: Traced,
+    outputs: Sequence[str],
 ) -> list[Format]:
-    """The format of every item; see `check`."""
-    folder = setting.folder / TRIALS
+    """The format of every item; see `check`. outputs: of the model, to measure at."""
+    folder = job.files.work / TRIALS
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     folder.mkdir()
-    trials = _trials(items, plan, data, setting, folder, lambda part: advance((1 - MEASURING) * part))
+    trials = _trials(items, plan, data, job, traced, folder)
     measured = sensitivity.measure(
-        setting.straight,
+        traced.straight,
         [place for item in items for place in item.places],
         {site.output.name or "": tried.stand_in for site, tried in trials.items()},
         data.feeds[-1:],  # not what the result will be measured with
-        list(setting.outputs),
-        setting.wanted,
-        providers=setting.device.providers,
-        advance=lambda part: advance(MEASURING * part),
+        list(outputs),
+        job.wanted,
+        providers=job.device.providers,
+        advance=lambda part: job.progress.advance(MEASURING * part),
     )
     shutil.rmtree(folder)
     relative = {site.output.name or "": tried.losses[0] for site, tried in trials.items()}
@@ -183,11 +166,11 @@ def choose(
     for item in items:
         cost = sum(costs[place] for place in item.places if place in costs) or unknown
         table = item.table
-        lost = tables.losses_of(table, item.formats, setting.opened) if table else trials[item.sites[0]].losses
+        lost = tables.losses_of(table, item.formats, job.opened) if table else trials[item.sites[0]].losses
         options.append(
-            [Option(_bytes(item, f, setting.recipe), cost * loss) for f, loss in zip(item.formats, lost, strict=True)]
+            [Option(_bytes(item, f, job.recipe), cost * loss) for f, loss in zip(item.formats, lost, strict=True)]
         )
-    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, setting.opened), setting.recipe))
+    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, job.opened), job.recipe))
     assert chosen is not None
     return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
 
@@ -258,9 +241,9 @@ def _trials(
     items: Sequence[Item],
     plan: Sequence[Group],
     data: CalibrationData,
-    setting: Setting,
+    job: Job,
+    traced: Traced,
     folder: Path,
-    advance: Callable[[float], None],
 ) -> Trials:
     """What each format of every layer loses, on a few sequences, and the layer in the first of them."""
     formats = {site: item.formats for item in items for site in item.sites}
@@ -268,30 +251,32 @@ def _trials(
     found: list[Future[Trials]] = []
 
     def attempt(group: Group, statistics: Statistics, workers: Workers) -> None:
-        def job(spread: Spread) -> Trials:
+        def work(spread: Spread) -> Trials:
             wanted = {site: formats[site] for site in group.sites}
-            maps, recipe, opened, device = setting.maps.get(group), setting.recipe, setting.opened, setting.device
+            maps, recipe, opened, device = traced.maps.get(group), job.recipe, job.opened, job.device
             found = groups.try_group(
                 group, maps, statistics, wanted, recipe, opened, random=data.random, spread=spread, device=device
             )
             paths = {site: folder / f"{numbers[site]}.npz" for site in found}
             return {site: _Tried(one.losses, _stand_in(site, one, paths[site])) for site, one in found.items()}
 
-        size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)
-        found.append(workers.submit(size_bytes, job, piece_bytes=piece_bytes, large=group.K > LARGE))
+        found.append(submit(workers, group, work))
 
-    with Workers(usable_cores(), setting.budget_bytes) as workers:
+    def advance(part: float) -> None:
+        job.progress.advance((1 - MEASURING) * part)
+
+    with Workers(usable_cores(), job.budget_bytes) as workers:
         run = Segments(
-            setting.straight,
+            traced.straight,
             plan,
             Data(data.feeds[:FEEDS]),
-            folder=setting.folder,
-            budget_bytes=setting.budget_bytes,
+            folder=job.files.work,
+            budget_bytes=job.budget_bytes,
             spread=workers.spread,
-            device=setting.device,
+            device=job.device,
         )
         for known in run.run(make_room=workers.make_room, advance=advance):
             while known:
                 attempt(*known.pop(0), workers)
-            setting.opened.let_go()
+            job.opened.let_go()
         return {site: trial for one in found for site, trial in one.result().items()}

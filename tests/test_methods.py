@@ -15,6 +15,7 @@ import awq_onnx
 from awq_onnx import Recipe, Report, codec, errors, methods
 from awq_onnx.kernels import reference
 from awq_onnx.recipe import METHODS, QUALITIES, SCALES_FROM, parse_override
+from awq_onnx.search import FORMULAS
 
 IDS = np.random.default_rng(7).integers(0, 160, (6, 24))
 QUICK: dict[str, Any] = {"samples": 4, "sequence_length": 16}
@@ -159,6 +160,9 @@ def test_every_formula_gives_a_model_that_is_better_than_plain_rounding(tmp_path
     report, output = quantized(tmp_path, scale_from=scale_from, method="awq")
     assert any(one.alpha > 0 for one in report.matmuls)
     assert distance(tmp_path / "model.onnx", output) < 0.5
+    told = {one.scale_from for one in report.matmuls if one.alpha > 0}
+    assert told <= set(FORMULAS) if scale_from == "all" else told == {scale_from}
+    assert ("; from " in dict(report.rows())["Scales"]) == (scale_from == "all")
 
 
 def test_formulas_differ(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_each_matmulnbits_tells_how_it_was_made(tmp_path: Path) -> None:
     for node in quantized_nodes(output):
         told = {one.key: one.value for one in node.metadata_props}
         assert float(told["awq_onnx.alpha"]) == pytest.approx(rows[node.name].alpha)
+        assert told["awq_onnx.scale_from"] == rows[node.name].scale_from == "mean"
         assert told["awq_onnx.folded_into"] == rows[node.name].folded_into
         assert float(told["awq_onnx.error"]) == pytest.approx(rows[node.name].error, abs=1e-5)
         assert float(told["awq_onnx.error_of_plain_rounding"]) == pytest.approx(rows[node.name].plain_error, abs=1e-5)
