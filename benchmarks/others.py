@@ -8,9 +8,8 @@ ModelOpt's take 1.4 GB and some minutes each, NNCF's less. The functions at the 
 
 What each tool is given, beyond its defaults, so that it does as well as it can:
 
-* onnxruntime's MatMulNBitsQuantizer: zero points. It looks up 4-bit tables (GatherBlockQuantized) with its default method
-  alone; where `gather` is asked for, that method does the table after the layers are done by another one.
-  `mixed`: the layers to which onnxruntime-genai's builder gives 8 bits as "k_quant_mixed", after llama.cpp.
+* onnxruntime's MatMulNBitsQuantizer: zero points. Its default method alone makes 4-bit tables (GatherBlockQuantized);
+  where `gather` is asked for, that method does the table after another one has done the layers.
 * NVIDIA ModelOpt: opset 21, which INT4 needs. `enable_fast_path_using_high_sysram`: the model runs once over each
   window and the inputs of all MatMuls are kept in memory. Without it the model runs over all windows again for every
   MatMul, 210 times on SmolLM2; `awqlite_run_per_subgraph` does so for every group, 120 times, and cannot be put
