@@ -16,7 +16,9 @@ front: the whole model. Bits are 8 x bytes of the file / weights of the original
 are the same, counted once; nodes, names and norms count too. In optimum's export lm_head reads the table of the
 embedding through a Transpose, which other tools skip. Where it says "own head" they got a copy in which lm_head has a
 weight of its own, the same function, so that they quantise it; their file then holds the table twice. Of every point of
-another tool it is told whether it lies above our curve: straight lines between our points, in log KL.
+another tool it is told whether it lies above our curve: straight lines between our points, in log KL. What
+onnxruntime-genai's builder makes is compared with the fp32 model that it builds, which takes other inputs and is the
+same function.
 
 awq-onnx is calibrated with text that the model wrote itself, as without any option; that text is written once. Other
 tools get the 32 windows of 256 tokens of numpy's documentation that rivals.py gives them, which is closer to what is
@@ -47,7 +49,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from common import held_out_text, pyplot, size_bytes, smollm2, with_accuracy_level
+from common import held_out_text, pyplot, size_bytes, smollm2, trained_model, with_accuracy_level
 from numpy.typing import NDArray
 from others import (
     LM_HEAD,
@@ -117,12 +119,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Job:
-    """run: makes the model at a path. key: of what is kept of the result; empty: nothing."""
+    """run: makes the model at a path. original: what it is compared with. key: of what is kept of the result; empty:
+    nothing.
+    """
 
     part: str
     tool: str
     settings: str
     run: Callable[[Path], None]
+    original: Path
     key: str = ""
 
     @property
@@ -189,7 +194,7 @@ def _ours(bench: Bench, part: str, settings: str, recipe: Recipe) -> Job:
     def run(output: Path) -> None:
         awq_onnx.quantize(bench.model, output, recipe, calibration=np.load(bench.own_text()))
 
-    return Job(part, OURS, settings, run)
+    return Job(part, OURS, settings, run, bench.model)
 
 
 def other_jobs(bench: Bench) -> Iterator[Job]:
@@ -198,6 +203,7 @@ def other_jobs(bench: Bench) -> Iterator[Job]:
     for block in (32, 128):
         yield _other(bench, LAYERS, "NNCF AWQ", f"block {block}", Call("nncf", {"block_size": block, "ratio": 1.0}))
     yield from _onnxruntime_front(bench)
+    yield from _genai_front(bench)
     yield from _modelopt_front(bench)
     yield from _nncf_front(bench)
 
@@ -241,6 +247,14 @@ def _mixed(model: Path) -> list[str]:
     return [*own, LM_HEAD]
 
 
+def _genai_front(bench: Bench) -> Iterator[Job]:
+    """One table for lm_head and embedding, of 8 bits in the variants."""
+    for method, name in (("k_quant", ""), ("k_quant_last", "last "), ("k_quant_mixed", "mixed ")):
+        for block in (32, 128) if name else (16, 32, 64):
+            call = Call("genai", {"method": method, "block_size": block})
+            yield _other(bench, FRONT, "genai k_quant", f"{name}{block}", call)
+
+
 def _modelopt_front(bench: Bench) -> Iterator[Job]:
     for block in (32, 128):
         both = {"block_size": block, "gather": 32, "whole": True, "zero_points": True, "method": "awq_lite"}
@@ -272,7 +286,8 @@ def _other(bench: Bench, part: str, tool: str, settings: str, call: Call, own_he
             raise ToolError(f"exit code {error.returncode}: {last_line(log)}") from None
 
     measuring = [importlib.metadata.version("onnxruntime"), *bench.windows.shape, SAMPLES, LENGTH, own_head, part]
-    return Job(part, tool, settings + (", own head" if own_head else ""), run, f"{call.key()} {measuring}")
+    original = trained_model("smollm2-genai") if call.tool == "genai" else bench.model
+    return Job(part, tool, settings + (", own head" if own_head else ""), run, original, f"{call.key()} {measuring}")
 
 
 # How it is measured.
@@ -297,7 +312,7 @@ def _measured_now(bench: Bench, job: Job) -> Measured:
         try:
             job.run(output)
             seconds = time.perf_counter() - start
-            comparison = awq_onnx.compare(bench.model, in_floats(output), bench.windows)
+            comparison = awq_onnx.compare(job.original, in_floats(output), bench.windows)
         except (ToolError, awq_onnx.errors.AwqOnnxError) as error:
             return Measured(time.perf_counter() - start, trouble=str(error).splitlines()[0])
         bits = layer_bits(output) if job.part == LAYERS else file_bits(bench.model, output)
@@ -335,20 +350,24 @@ def layer_bits(model: Path) -> float:
         stored = [tensors[name] for name in node.input if name in tensors]
         bits += sum(8 * _bytes(tensor) for tensor in stored)
         sizes = {one.name: one.i for one in node.attribute}
-        weights += sizes["K"] * sizes["N"] if node.op_type == "MatMulNBits" else math.prod(stored[0].dims)
+        weights += sizes["K"] * sizes["N"] if node.op_type == "MatMulNBits" else _count(stored[0])
     return bits / weights
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    four = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-    item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) // 2) if four else math.prod(tensor.dims) * item
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return -(-_count(tensor) // 2)
+    return _count(tensor) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _count(tensor: onnx.TensorProto) -> int:
+    return math.prod(int(size) for size in tensor.dims)
 
 
 def file_bits(original: Path, model: Path) -> float:
     """Bits of the file for each weight of the original."""
     tensors = onnx.load(original, load_external_data=False).graph.initializer
-    weights = sum(math.prod(one.dims) for one in tensors if one.data_type == onnx.TensorProto.FLOAT)
+    weights = sum(_count(one) for one in tensors if one.data_type == onnx.TensorProto.FLOAT)
     return 8 * size_bytes(model) / weights
 
 

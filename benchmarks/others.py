@@ -2,8 +2,8 @@
 
     python benchmarks/others.py CALL MODEL IDS OUTPUT      as the other benchmarks do; CALL is a `Call` in JSON
 
-The environments lie in the cache, folder rivals/, and are made when they are first needed: onnxruntime's with torch and
-ModelOpt's take 1.4 GB and some minutes each, NNCF's less. The functions at the end are what runs inside them. IDS is a
+The environments lie in the cache, folder rivals/, and are made when they are first needed: those with torch
+take 1.4 GB and some minutes each, NNCF's less. The functions at the end are what runs inside them. IDS is a
 .npy file of the token ids (samples, length) to calibrate on.
 
 What each tool is given, beyond its defaults, so that it does as well as it can:
@@ -16,6 +16,8 @@ What each tool is given, beyond its defaults, so that it does as well as it can:
   together with the fast path. `awqlite_fuse_nodes=False`: the default ends in an AttributeError (`numpy.ndarray` has no
   `get`) where there is no cupy, that is, on a machine without CUDA. So each layer gets a Mul. awq_clip has no fast
   path, but looks at 64 tokens however many it is given: two windows do.
+* onnxruntime-genai's builder makes a graph of its own, from weights that are taken out of the model here: attention and
+  norms in fused nodes, and one table for lm_head and embedding. It quantises with onnxruntime's code.
 * NNCF: `awq` and `scale_estimation`. It writes MatMulNBits where the opset is below 21.
 """
 
@@ -23,10 +25,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +81,19 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             "cppimport==26.4.17",
         ),
         "import modelopt.onnx.quantization.extensions",  # compiles its C++ part
+    ),
+    "genai": Environment(
+        (
+            "onnxruntime-genai==0.14.1",
+            "onnxruntime==1.32.0",
+            "torch==2.13.0",
+            "transformers==4.57.6",
+            "safetensors==0.8.0",
+            "numpy==2.4.6",
+            "onnx==1.21.0",
+            "onnx-ir==1.1.0",
+            "ml_dtypes==0.6.0",
+        )
     ),
     "nncf": Environment(("nncf==3.4.0", "numpy==2.4.6", "onnx==1.21.0", "onnxruntime==1.32.0")),
 }
@@ -179,7 +196,7 @@ def inputs_of(graph: onnx.GraphProto, ids: NDArray[np.int64]) -> list[dict[str, 
 
 
 def run_onnxruntime(
-    model: onnx.ModelProto,
+    model: Path,
     ids: NDArray[np.int64],
     *,
     method: str,
@@ -192,16 +209,16 @@ def run_onnxruntime(
     """gather: block size of the embedding, 0 to leave it. eight_bits: of k_quant, layers by name."""
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-    kept = [] if whole else [LM_HEAD]
+    source, kept = onnx.load(model), [] if whole else [LM_HEAD]
     own: dict[str, Any] = {name: {"bits": 8} for name in eight_bits}
     config = {
         "rtn": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False, bits=bits),
         "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits),
         "k_quant": lambda: nbits.KQuantWeightOnlyQuantConfig(customized_weight_config=own),
         "inc_rtn": lambda: nbits.RTNWeightOnlyQuantConfig(),
-        "gptq": lambda: nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=inputs_of(model.graph, ids)),
+        "gptq": lambda: nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=inputs_of(source.graph, ids)),
     }[method]()
-    made = _nbits(nbits, model, config, block_size, kept)
+    made = _nbits(nbits, source, config, block_size, kept)
     if not gather:
         return made
     tables = nbits.DefaultWeightOnlyQuantConfig(block_size=gather, is_symmetric=False, op_types_to_quantize=("Gather",))
@@ -218,7 +235,7 @@ def _nbits(nbits: Any, model: onnx.ModelProto, config: Any, block_size: int, kep
 
 
 def run_modelopt(
-    model: onnx.ModelProto,
+    model: Path,
     ids: NDArray[np.int64],
     *,
     method: str,
@@ -231,12 +248,13 @@ def run_modelopt(
     """gather: block size of the embedding, 0 to leave it. windows: to calibrate on, where not all."""
     from modelopt.onnx.quantization.int4 import quantize  # type: ignore[import-not-found]
 
+    source = onnx.load(model)
     lite = {"enable_fast_path_using_high_sysram": True, "awqlite_fuse_nodes": False}
     tables = {"gather_quantize_axis": 1, "gather_block_size": gather}
     made: onnx.ModelProto = quantize(
-        model,
+        source,
         calibration_method=method,
-        calibration_data_reader=inputs_of(model.graph, ids[:windows]),
+        calibration_data_reader=inputs_of(source.graph, ids[:windows]),
         calibration_eps=["cpu"],
         block_size=block_size,
         use_zero_point=zero_points,
@@ -248,7 +266,7 @@ def run_modelopt(
 
 
 def run_nncf(
-    model: onnx.ModelProto,
+    model: Path,
     ids: NDArray[np.int64],
     *,
     mode: str = "INT4_ASYM",
@@ -261,11 +279,12 @@ def run_nncf(
     """ratio: of the layers that get 4 bits. aware: of the data, which the modes of 8 bits are not."""
     import nncf  # type: ignore[import-not-found]
 
+    source = onnx.load(model)
     settings: dict[str, Any] = {"group_size": block_size, "ratio": ratio, "all_layers": all_layers}
     if aware:
-        settings |= {"dataset": nncf.Dataset(inputs_of(model.graph, ids)), "awq": True, "scale_estimation": True}
+        settings |= {"dataset": nncf.Dataset(inputs_of(source.graph, ids)), "awq": True, "scale_estimation": True}
     made: onnx.ModelProto = nncf.compress_weights(
-        model,
+        source,
         mode=nncf.CompressWeightsMode[mode],
         ignored_scope=nncf.IgnoredScope(names=[] if whole else [LM_HEAD, EMBEDDING]),
         **settings,
@@ -273,12 +292,45 @@ def run_nncf(
     return made
 
 
-TOOLS = {"onnxruntime": run_onnxruntime, "modelopt": run_modelopt, "nncf": run_nncf}
+def run_genai(model: Path, ids: NDArray[np.int64], *, method: str, block_size: int) -> onnx.ModelProto:
+    """The whole model, built from the weights of `model` beside its config.json."""
+    from onnxruntime_genai.models.builder import create_model
+
+    del ids  # it calibrates nothing
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint, built = Path(name) / "checkpoint", Path(name) / "built"
+        checkpoint_of(model, checkpoint)
+        options = {"int4_algo_config": method, "int4_block_size": block_size, "int4_is_symmetric": False}
+        create_model("", str(checkpoint), str(built), "int4", "cpu", str(Path(name) / "cache"), **options)
+        return onnx.load(built / "model.onnx")
+
+
+def checkpoint_of(model: Path, folder: Path) -> None:
+    """What transformers loads, from an export by optimum."""
+    from safetensors.numpy import save_file
+
+    graph = onnx.load(model).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {name: array for name, array in arrays.items() if name.startswith("model.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            name = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            weights[f"{name}.weight"] = np.ascontiguousarray(arrays[node.input[1]].T)
+    shutil.copytree(model.parent, folder, ignore=shutil.ignore_patterns("*.onnx"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+TOOLS: Mapping[str, Callable[..., onnx.ModelProto]] = {
+    "onnxruntime": run_onnxruntime,
+    "modelopt": run_modelopt,
+    "nncf": run_nncf,
+    "genai": run_genai,
+}
 
 
 def main() -> None:
     call, (model, ids, output) = Call(**json.loads(sys.argv[1])), map(Path, sys.argv[2:])
-    made = TOOLS[call.tool](onnx.load(model), np.load(ids), **call.settings)
+    made = TOOLS[call.tool](model, np.load(ids), **call.settings)
     onnx.save(made, output)
 
 
