@@ -119,16 +119,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Job:
-    """run: makes the model at a path. original: what it is compared with. key: of what is kept of the result; empty:
-    nothing.
+    """run: makes the model at a path. key: of what is kept of the result; empty: nothing. original: the trained model
+    that it is compared with.
     """
 
     part: str
     tool: str
     settings: str
     run: Callable[[Path], None]
-    original: Path
     key: str = ""
+    original: str = "smollm2"
 
     @property
     def name(self) -> str:
@@ -194,7 +194,7 @@ def _ours(bench: Bench, part: str, settings: str, recipe: Recipe) -> Job:
     def run(output: Path) -> None:
         awq_onnx.quantize(bench.model, output, recipe, calibration=np.load(bench.own_text()))
 
-    return Job(part, OURS, settings, run, bench.model)
+    return Job(part, OURS, settings, run)
 
 
 def other_jobs(bench: Bench) -> Iterator[Job]:
@@ -286,8 +286,9 @@ def _other(bench: Bench, part: str, tool: str, settings: str, call: Call, own_he
             raise ToolError(f"exit code {error.returncode}: {last_line(log)}") from None
 
     measuring = [importlib.metadata.version("onnxruntime"), *bench.windows.shape, SAMPLES, LENGTH, own_head, part]
-    original = trained_model("smollm2-genai") if call.tool == "genai" else bench.model
-    return Job(part, tool, settings + (", own head" if own_head else ""), run, original, f"{call.key()} {measuring}")
+    settings += ", own head" if own_head else ""
+    original = "smollm2-genai" if call.tool == "genai" else "smollm2"
+    return Job(part, tool, settings, run, f"{call.key()} {measuring}", original)
 
 
 # How it is measured.
@@ -312,7 +313,7 @@ def _measured_now(bench: Bench, job: Job) -> Measured:
         try:
             job.run(output)
             seconds = time.perf_counter() - start
-            comparison = awq_onnx.compare(job.original, in_floats(output), bench.windows)
+            comparison = awq_onnx.compare(trained_model(job.original), in_floats(output), bench.windows)
         except (ToolError, awq_onnx.errors.AwqOnnxError) as error:
             return Measured(time.perf_counter() - start, trouble=str(error).splitlines()[0])
         bits = layer_bits(output) if job.part == LAYERS else file_bits(bench.model, output)

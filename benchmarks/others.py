@@ -294,14 +294,14 @@ def run_nncf(
 
 def run_genai(model: Path, ids: NDArray[np.int64], *, method: str, block_size: int) -> onnx.ModelProto:
     """The whole model, built from the weights of `model` beside its config.json."""
-    from onnxruntime_genai.models.builder import create_model
-
     del ids  # it calibrates nothing
     with tempfile.TemporaryDirectory() as name:
         checkpoint, built = Path(name) / "checkpoint", Path(name) / "built"
         checkpoint_of(model, checkpoint)
-        options = {"int4_algo_config": method, "int4_block_size": block_size, "int4_is_symmetric": False}
-        create_model("", str(checkpoint), str(built), "int4", "cpu", str(Path(name) / "cache"), **options)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(checkpoint)]
+        command += ["--output", str(built), "--cache_dir", str(Path(name) / "cache")]
+        command += ["--precision", "int4", "--execution_provider", "cpu", "--extra_options", "int4_is_symmetric=false"]
+        subprocess.run([*command, f"int4_algo_config={method}", f"int4_block_size={block_size}"], check=True)
         return onnx.load(built / "model.onnx")
 
 
