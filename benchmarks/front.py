@@ -76,7 +76,7 @@ LIMIT_SECONDS = 15 * 60
 OUR_LAYERS = ((DEFAULT, 32), (DEFAULT, 64), (BEST, 128))  # quality and block size
 TARGET_BITS = (3.5, 4.0, 4.3, 4.7, 5.0, 5.5, 6.0, 7.0, 8.5)
 RIVAL_BLOCK = "block 32"  # of the other tools, with which our larger blocks are compared
-STYLES = (("s", "C0"), ("D", "C1"), ("^", "C2"), ("v", "C4"), ("P", "C5"), ("X", "C6"))  # of other tools
+STYLES = (("s", "C0"), ("D", "C1"), ("^", "C2"), ("v", "C4"), ("P", "C5"), ("X", "C6"), ("*", "C8"))  # of other tools
 HEADERS = {
     LAYERS: "| layers: tool | settings | bits of their weights | KL, mean +-SE | top-1 | size | seconds |",
     FRONT: "| whole model: tool | settings | bits | KL, mean +-SE | top-1 | size | seconds |",
@@ -478,7 +478,7 @@ def _label(axes: Any) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="lower left")
 
 
 def save(points: Sequence[Point], path: Path) -> None:
