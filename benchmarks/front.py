@@ -56,6 +56,7 @@ import onnx
 from common import held_out_text, pyplot, size_bytes, smollm2, trained_model, with_accuracy_level
 from numpy.typing import NDArray
 from others import (
+    INT4_TOOLS,
     LM_HEAD,
     Call,
     at_opset_21,
@@ -153,7 +154,7 @@ class Bench:
         path = self.model
         if own_head:
             path = self._made("own_head.onnx", lambda output: with_own_head(self.model, output))
-        if call.tool != "modelopt":
+        if call.tool not in INT4_TOOLS:
             return path
         return self._made(f"opset21_{own_head}.onnx", lambda output: at_opset_21(path, output))
 

@@ -18,7 +18,8 @@ What each tool is given, beyond its defaults, so that it does as well as it can:
   path, but looks at 64 tokens however many it is given: two windows do.
 * onnxruntime-genai's builder makes a graph of its own, from weights that are taken out of the model here: attention and
   norms in fused nodes, and one table for lm_head and embedding. It quantises with onnxruntime's code.
-* NNCF: `awq` and `scale_estimation`. It writes MatMulNBits where the opset is below 21.
+* NNCF: `awq` and `scale_estimation`; opset 21. Below that it writes MatMulNBits with zero points that are not packed,
+  which onnxruntime refuses to load.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from numpy.typing import NDArray
 
 LM_HEAD, EMBEDDING = "/lm_head/MatMul", "/model/embed_tokens/Gather"
 INT4_OPSET = 21
+INT4_TOOLS = ("modelopt", "nncf")  # which need it
 
 
 @dataclass(frozen=True)
