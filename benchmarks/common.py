@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import pydoc_data.topics
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -162,3 +164,13 @@ def size_bytes(model: Path) -> int:
         if entry.key == "location"
     }
     return model.stat().st_size + sum(model.with_name(name).stat().st_size for name in data)
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a screen."""
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except ImportError:
+        sys.exit("a picture needs matplotlib: pip install matplotlib, then add --plot to --from-json FILE")
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")

@@ -9,15 +9,9 @@ and our two runs far apart tell that it was none. Memory is sampled from outside
 it starts: private memory is what they allocate, resident memory counts mapped files too. awq-onnx keeps two of the 32
 windows apart to measure its result with, which is part of its time; ModelOpt measures nothing.
 
-ModelOpt is called as its guide does, `modelopt.onnx.quantization.int4.quantize`, with what makes it fastest:
-
-* `enable_fast_path_using_high_sysram`: the model runs once over each window and the inputs of all MatMuls are kept in
-  memory. Without it the model runs over all windows again for every MatMul, 210 times here;
-  `awqlite_run_per_subgraph` does so for every group, 120 times, and cannot be put together with the fast path.
-* `awqlite_fuse_nodes=False`: the default ends in an AttributeError (`numpy.ndarray` has no `get`) where there is no
-  cupy, that is, on a machine without CUDA. So each layer gets a Mul.
-* No zero points and 11 values of alpha, its defaults. Fewer cannot be asked for: `awqlite_alpha_step` changes nothing
-  where MatMuls are searched one by one.
+ModelOpt is called as its guide does, `modelopt.onnx.quantization.int4.quantize`, with what makes it fastest: others.py
+tells what that is, and why. No zero points and 11 values of alpha, its defaults; fewer cannot be asked for:
+`awqlite_alpha_step` changes nothing where MatMuls are searched one by one.
 
 Two things are done for it before its clock starts: the model is lifted to opset 21, which INT4 needs (its general
 `modelopt.onnx.quantization.quantize` does that too, and takes longer), and its C++ packing is compiled. It lives in a
@@ -28,41 +22,23 @@ minutes on two idle cores, and 6 GB of memory.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from common import held_out_text, other_text, size_bytes, smollm2
-from numpy.typing import NDArray
+from common import held_out_text, size_bytes, smollm2
+from others import Call, at_opset_21, calibration_ids, last_line
 from watching import Cost, watched
 
 OURS, THEIRS = "awq-onnx", "ModelOpt awq_lite"
 BLOCK_SIZE = 32
 WINDOWS, WINDOW_LENGTH = 8, 256  # to measure the results with
-# What ModelOpt's extra "onnx" asks for, without cupy, and onnxruntime in the place of onnxruntime-gpu.
-PACKAGES = (
-    "nvidia-modelopt==0.47.0",
-    "torch==2.13.0",
-    "numpy==2.4.6",
-    "scipy==1.17.1",
-    "onnx==1.21.0",
-    "onnxruntime==1.24.2",
-    "onnx-graphsurgeon==0.6.1",
-    "onnxconverter-common==1.16.0",
-    "onnxscript==0.7.2",
-    "onnxslim==0.1.98",
-    "ml_dtypes==0.6.0",
-    "lief==1.0.0",
-    "cppimport==26.4.17",
-)
+RIVAL = Call("modelopt", {"method": "awq_lite", "block_size": BLOCK_SIZE})
 
 
 @dataclass(frozen=True)
@@ -86,73 +62,6 @@ class Result:
     trouble: str = ""
 
 
-def calibration_ids(model: Path, samples: int, length: int) -> NDArray[np.int64]:
-    """Token ids (samples, length) of numpy's documentation, evenly spread over it."""
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(model.with_name("tokenizer.json"))).encode(other_text(), add_special_tokens=False).ids
-    if samples * length > len(ids):
-        sys.exit(f"the text has {len(ids)} tokens, {samples} windows of {length} overlap: take fewer or shorter ones")
-    starts = np.linspace(0, len(ids) - length, samples).astype(int)
-    return np.array([ids[start : start + length] for start in starts], np.int64)
-
-
-def at_opset_21(model: Path, output: Path) -> Path:
-    """A copy that may hold INT4. Between 18 and 21 no operator of the model changed, types were added."""
-    copy = onnx.load(model)
-    versions = {one.domain: one for one in copy.opset_import}
-    assert versions[""].version >= 18, "an older model needs onnx.version_converter"
-    versions[""].version = max(21, versions[""].version)
-    onnx.save(copy, output)
-    return output
-
-
-def rival_python() -> Path:
-    """The interpreter of ModelOpt's virtual environment, made if it is not there as `PACKAGES` wants it."""
-    root = os.environ.get("AWQ_ONNX_CACHE")
-    folder = (Path(root) if root else Path.home() / ".cache" / "awq-onnx") / "rivals" / "modelopt"
-    python, complete, wanted = folder / "bin" / "python", folder / "packages.txt", "\n".join(PACKAGES)
-    if not complete.exists() or complete.read_text() != wanted:
-        print(f"Making {folder}", file=sys.stderr)
-        venv.create(folder, clear=True, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
-        subprocess.run(install, check=True)
-        # The first import compiles the C++ part.
-        subprocess.run([str(python), "-c", "import modelopt.onnx.quantization.extensions"], check=True)
-        complete.write_text(wanted)
-    return python
-
-
-def run_modelopt(model: Path, ids: NDArray[np.int64], output: Path) -> None:
-    """What the rival's own interpreter runs."""
-    from modelopt.onnx.quantization.int4 import quantize  # type: ignore[import-not-found]
-
-    original = onnx.load(model)
-    quantized = quantize(
-        original,
-        calibration_method="awq_lite",
-        calibration_data_reader=modelopt_inputs(original.graph, ids),
-        calibration_eps=["cpu"],
-        block_size=BLOCK_SIZE,
-        nodes_to_exclude=["/lm_head"],
-        enable_fast_path_using_high_sysram=True,
-        awqlite_fuse_nodes=False,
-    )
-    onnx.save(quantized, output)
-
-
-def modelopt_inputs(graph: onnx.GraphProto, ids: NDArray[np.int64]) -> list[dict[str, NDArray[np.generic]]]:
-    """One dict of all inputs for each of the sequences (B, T), the key/value cache empty."""
-    caches = {
-        one.name: np.zeros((1, heads.dim_value, 0, size.dim_value), np.float32)
-        for one in graph.input
-        if one.name.startswith("past")
-        for _, heads, _, size in [one.type.tensor_type.shape.dim]
-    }
-    mask, positions = np.ones((1, ids.shape[1]), np.int64), np.arange(ids.shape[1])[None]
-    return [{"input_ids": one[None], "attention_mask": mask, "position_ids": positions, **caches} for one in ids]
-
-
 def run_tool(tool: str, command: Sequence[str], model: Path, output: Path) -> Result:
     log = output.with_suffix(".log")
     with log.open("wb") as printed:
@@ -160,11 +69,6 @@ def run_tool(tool: str, command: Sequence[str], model: Path, output: Path) -> Re
     if code != 0:
         return Result(tool, cost, None, f"exit code {code}: {last_line(log)}")
     return Result(tool, cost, looked_at(model, output))
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
 
 
 def looked_at(model: Path, output: Path) -> Output:
@@ -226,19 +130,17 @@ def ratios(ours: Sequence[Result], theirs: Result) -> Iterator[str]:
 def compare_tools(samples: int, length: int, skip_rival: bool) -> list[Result]:
     """Prints each row of the table as soon as it is known."""
     model = smollm2()
-    python = None if skip_rival else rival_python()
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids, lifted = folder / "ids.npy", folder / "opset21.onnx"
         np.save(ids, calibration_ids(model, samples, length))
         turns = [(OURS, our_command(model, ids, folder / "ours.onnx"), folder / "ours.onnx")]
-        if python is not None:
+        if not skip_rival:
             at_opset_21(model, lifted)
-            output = folder / "theirs.onnx"
-            inside = [str(python), __file__, "--inside", str(lifted), str(ids), str(output)]
-            again = folder / "again.onnx"
-            turns += [(THEIRS, inside, output), (OURS, our_command(model, ids, again), again)]
+            output, again = folder / "theirs.onnx", folder / "again.onnx"
+            turns += [(THEIRS, RIVAL.command(lifted, ids, output), output)]
+            turns += [(OURS, our_command(model, ids, again), again)]
         for tool, command, output in turns:
             results.append(run_tool(tool, command, model, output))
             print(row(results[-1]), flush=True)
@@ -250,13 +152,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32, help="windows to calibrate on (32)")
     parser.add_argument("--length", type=int, default=256, help="tokens in each (256)")
     parser.add_argument("--skip-rival", action="store_true", help="awq-onnx alone, once")
-    parser.add_argument("--inside", type=Path, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.inside:
-        lifted, ids, output = arguments.inside
-        run_modelopt(lifted, np.load(ids), output)
-        return 0
-    print(f"{arguments.samples} x {arguments.length} tokens, blocks of {BLOCK_SIZE}; {PACKAGES[0]}\n")
+    print(f"{arguments.samples} x {arguments.length} tokens, blocks of {BLOCK_SIZE}; {RIVAL.version}\n")
     print("| tool | seconds | CPU s | private MB | resident MB | layers | Muls added | size | KL, mean +-SE |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     results = compare_tools(arguments.samples, arguments.length, arguments.skip_rival)
