@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx import codec, methods, rounding, search
+from awq_onnx import codec, drift, methods, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
 from awq_onnx.device import PROCESSOR, Device
@@ -220,7 +220,9 @@ def _readers(
     seen = {name: one for name, one in statistics.items() if one.tokens}
     pooled = InputStatistics.merged(list(seen.values())) if seen else InputStatistics.flat(layers[0][0].K, device)
     readers = [_reader(sites[0], _statistics_of(sites, seen, pooled), formats[sites[0]], opened) for sites in layers]
-    return seen, readers
+    if any(embedding.lookups(site) for sites in layers for site in sites):
+        return seen, readers  # a table says what tokens are
+    return seen, drift.corrected(readers)
 
 
 def _choice(

@@ -8,7 +8,7 @@ from awq_onnx.codec import Format
 from awq_onnx.grids import CLIPPED, FITTED, WHOLE
 from awq_onnx.passes.embedding import Table
 from awq_onnx.passes.sites import Site
-from awq_onnx.recipe import AWQ, AWQ_GPTQ, EVERY_FORMULA, FAST, GPTQ, WHOLE_COLUMN, Recipe
+from awq_onnx.recipe import AWQ, AWQ_GPTQ, BEST, EVERY_FORMULA, FAST, GPTQ, WHOLE_COLUMN, Recipe
 from awq_onnx.rounding import Rounding
 from awq_onnx.search import FORMULAS, Candidates
 
@@ -26,6 +26,11 @@ def rounding_of(recipe: Recipe, *, random: bool = False) -> Rounding:
     ranges = {AWQ_GPTQ: FITTED, AWQ: CLIPPED}.get(recipe.method, WHOLE)
     compensate = recipe.method in (AWQ_GPTQ, GPTQ) and recipe.quality != FAST
     return Rounding(ranges, compensate, random)
+
+
+def makes_up_for_drift(recipe: Recipe) -> bool:
+    """Whether weights make up for what the rounding of the layers before does to their input, see `awq_onnx.drift`."""
+    return recipe.quality == BEST and recipe.method == AWQ_GPTQ
 
 
 def format_of(site: Site, recipe: Recipe) -> Format:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from awq_onnx import groups
+from awq_onnx import groups, methods, stand_ins
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Saved, Segments, Statistics
 from awq_onnx.codec import Format
@@ -24,6 +24,7 @@ from awq_onnx.job import Job, Traced, submit
 from awq_onnx.passes import rewrite
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.sites import Site
+from awq_onnx.passes.switch import StandIn
 from awq_onnx.threads import Spread, Workers, usable_cores
 
 Outputs = list[NDArray[np.generic]]
@@ -51,6 +52,7 @@ class Partwise:
         entries = {group: f"{GROUP} {number}" for number, group in enumerate(self.plan)}
         finished = {group for group, entry in entries.items() if entry in files.done}
         names = rewrite.weight_names([site for group in self.plan for site in group.sites])
+        follows = methods.makes_up_for_drift(job.recipe) and not data.random
         share = (1 - FORWARD) / max(len(entries) - len(finished), 1)
 
         def write(*, wait: bool) -> None:
@@ -58,6 +60,16 @@ class Partwise:
                 group, found = self._searched.popleft()
                 files.record(entries[group], groups.write_group(found.result(), files, names))
                 advance(share)
+
+        def finished_layers(made: Collection[str]) -> dict[str, StandIn]:
+            write(wait=True)
+            layers = {}
+            for group, entry in entries.items():
+                if entry in files.done and any(site.output.name in made for site in group.sites):
+                    result = self._result(group, entry, names)
+                    layers.update({one.site.output.name or "": (one, result.scale) for one in result.sites})
+            paths = {name: files.work / f"stand-in-{at}.npz" for at, name in enumerate(sorted(made))}
+            return {name: stand_ins.of_result(*layers[name], path) for name, path in paths.items() if name in layers}
 
         with Workers(usable_cores(), job.budget_bytes) as workers, files.failures():
             run = Segments(
@@ -70,11 +82,12 @@ class Partwise:
                 saved=self._saved(len(data.feeds) + len(data.held_out)),
                 spread=workers.spread,
                 device=job.device,
+                stand_ins=finished_layers if follows else None,
             )
             last_saved = time.monotonic()
             for known in run.run(make_room=workers.make_room, advance=lambda part: advance(FORWARD * part)):
                 while known:
-                    self._search(*known.pop(0), workers, data.random)
+                    self._search(*known.pop(0), workers, data.random, alone=follows)
                     write(wait=False)
                 job.opened.let_go()
                 if time.monotonic() - last_saved > SAVE_EVERY_SECONDS and run.can_be_saved:
@@ -84,7 +97,8 @@ class Partwise:
             write(wait=True)
         return [self._result(group, entry, names) for group, entry in entries.items()], run.measured
 
-    def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool) -> None:
+    def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool, *, alone: bool) -> None:
+        """alone: the next part waits for it."""
         channels, job = self.traced.maps.get(group), self.job
         formats = {site: self.formats[site] for site in group.sites}
 
@@ -101,7 +115,7 @@ class Partwise:
                 device=job.device,
             )
 
-        self._searched.append((group, submit(workers, group, work)))
+        self._searched.append((group, submit(workers, group, work, alone=alone)))
 
     def _result(self, group: Group, entry: str, names: Mapping[Site, str]) -> GroupResult:
         files = self.job.files

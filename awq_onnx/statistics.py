@@ -26,6 +26,8 @@ class InputStatistics:
 
     second_moment: H = X'X / T, float32 (K, K). act_mean: mean|x|, act_max: max|x|, float32 (K,). tokens: T.
     validation: some rows of X, float32 (R, K), of sequences that have no other row in X; None where there are none.
+    drift: X'(Y - X) / T, float32 (K, K), where X is what the layers before make that are quantised already, and Y what
+    the original ones make; validation_drift: the rows of Y - X that go with `validation`. None where X is Y.
     Matrices are where the device is, vectors in memory.
     """
 
@@ -34,6 +36,8 @@ class InputStatistics:
     act_max: Float32
     tokens: int
     validation: Float32 | None = None
+    drift: Float32 | None = None
+    validation_drift: Float32 | None = None
 
     @cached_property
     def principal(self) -> Float32:
@@ -106,15 +110,24 @@ class InputStatistics:
         if len(parts) == 1:
             return parts[0]
         tokens = sum(part.tokens for part in parts)
-        second_moment = np.zeros_like(parts[0].second_moment)
-        for part in parts:
-            second_moment += np.float32(part.tokens / max(tokens, 1)) * part.second_moment
+        drifts = [part.drift for part in parts if part.drift is not None]
+        away = [part.validation_drift for part in parts if part.validation_drift is not None]
+        known = len(drifts) == len(parts)  # of all rows
+
+        def mean(matrices: Sequence[Float32]) -> Float32:
+            total = np.zeros_like(matrices[0])
+            for part, matrix in zip(parts, matrices, strict=True):
+                total += np.float32(part.tokens / max(tokens, 1)) * matrix
+            return total
+
         return cls(
-            second_moment,
+            mean([part.second_moment for part in parts]),
             mean_of(parts),
             np.max([part.act_max for part in parts], axis=0),
             tokens,
             _stacked([part.validation for part in parts if part.validation is not None]),
+            mean(drifts) if known else None,
+            _stacked(away) if known else None,
         )
 
 
@@ -148,10 +161,15 @@ def _principal(second_moment: Float32, rank: int) -> Float32:
 
 
 class Accumulator:
-    """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels; of X itself few rows are kept."""
+    """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels; of X itself few rows are kept.
 
-    def __init__(self, K: int, device: Device = PROCESSOR) -> None:
+    drifts: whether X'(Y - X) is summed too, Y being what X should be.
+    """
+
+    def __init__(self, K: int, device: Device = PROCESSOR, *, drifts: bool = False) -> None:
         self._device = device
+        self._drift = np.zeros((K, K), np.float32, like=device.like) if drifts else None
+        self._validation_drift: list[Float32] = []
         self._second_moment = np.zeros((K, K), np.float32, like=device.like)
         self._sum = np.zeros(K, np.float64)
         self._max = np.zeros(K, np.float32)
@@ -159,23 +177,31 @@ class Accumulator:
         self._validation: list[Float32] = []
         self.spoiled_rows = 0  # left out, for NaN or Inf
 
-    def update(self, rows: NDArray[np.generic], validation_rows: int = 0) -> None:
+    def update(
+        self, rows: NDArray[np.generic], validation_rows: int = 0, wanted: NDArray[np.generic] | None = None
+    ) -> None:
         """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count.
 
-        validation_rows: if not 0, these rows are for validation, and at most so many of them count.
+        validation_rows: if not 0, these rows are for validation, and at most so many of them count. wanted: what they
+        should be, (T, K), where drifts are summed.
         """
         x = self._device.put(np.ascontiguousarray(rows, dtype=np.float32))
-        largest = _largest(x)
+        away = None if wanted is None else self._device.put(np.ascontiguousarray(wanted, dtype=np.float32)) - x
+        largest = _largest(x if away is None else x + away)
         if not np.isfinite(largest).all():  # an overflow, or padding: such a row would spoil every sum
             self.spoiled_rows += len(x)
-            x = x[np.isfinite(x).all(axis=1)]
+            finite = np.isfinite(x if away is None else x + away).all(axis=1)
+            x, away = x[finite], None if away is None else away[finite]
             self.spoiled_rows -= len(x)
-            largest = _largest(x)
-        np.maximum(self._max, largest, out=self._max)
+        np.maximum(self._max, _largest(x), out=self._max)
         if validation_rows:
-            x = x[:: -(-len(x) // validation_rows) or 1].copy()
+            some = slice(None, None, -(-len(x) // validation_rows) or 1)
+            x, away = x[some].copy(), None if away is None else away[some].copy()
             self._validation += [x] if len(x) else []
+            self._validation_drift += [away] if away is not None and len(away) else []
         add_gram(self._second_moment, x)
+        if self._drift is not None and away is not None:
+            self._drift += x.T @ away
         self._sum += in_memory(np.abs(x).sum(axis=0))
         self._tokens += len(x)
 
@@ -185,7 +211,17 @@ class Accumulator:
         mirror(self._second_moment)
         self._second_moment /= tokens
         mean = (self._sum / tokens).astype(np.float32)
-        return InputStatistics(self._second_moment, mean, self._max, self._tokens, _stacked(self._validation))
+        if self._drift is not None:
+            self._drift /= tokens
+        return InputStatistics(
+            self._second_moment,
+            mean,
+            self._max,
+            self._tokens,
+            _stacked(self._validation),
+            self._drift,
+            _stacked(self._validation_drift),
+        )
 
 
 def _largest(x: Float32) -> Float32:

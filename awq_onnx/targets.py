@@ -14,16 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
-from awq_onnx import codec, groups, sensitivity, tables
+from awq_onnx import groups, sensitivity, stand_ins, tables
 from awq_onnx.allocate import Option, allocate
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Segments, Statistics
 from awq_onnx.codec import Format
 from awq_onnx.errors import RecipeError
-from awq_onnx.groups import Trial
 from awq_onnx.job import Job, Traced, submit
 from awq_onnx.machine import size_text
 from awq_onnx.output import alignment
@@ -43,7 +41,6 @@ BLOCK_SIZES = (32, 16, 64, 128)
 NODE_BYTES = 2048  # more than a node with its metadata takes
 MEASURING = 0.5  # of the work, about; the rest is estimating
 
-FLOAT32 = np.dtype(np.float32)
 TRIALS = "trials"  # the folder of what is tried
 
 
@@ -221,22 +218,6 @@ def _bytes(item: Item, fmt: Format, recipe: Recipe) -> int:
     return sum(sizes) + gaps + NODE_BYTES
 
 
-def _stand_in(site: Site, trial: Trial, path: Path) -> StandIn:
-    """Written to `path`, out of memory."""
-    fmt = trial.fmt
-    codes, grid = codec.as_stored(trial.rounded.codes, trial.rounded.grid, fmt)
-    arrays = {"codes": codes, "scales": codec.pack_scales(grid.scales, FLOAT32)}
-    if not fmt.symmetric:
-        arrays["zero_points"] = codec.pack_zero_points(grid.zero_points, fmt.bits)
-    if not np.all(trial.scale == 1):
-        arrays["inverse"] = np.reciprocal(trial.scale)
-    bias = groups.read_bias(site)
-    if bias is not None:
-        arrays["bias"] = bias.astype(np.float32)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-    return StandIn(site.input.name or "", path, site.K, site.N, fmt.bits, fmt.stored_block_size)
-
-
 def _trials(
     items: Sequence[Item],
     plan: Sequence[Group],
@@ -258,7 +239,7 @@ def _trials(
                 group, maps, statistics, wanted, recipe, opened, random=data.random, spread=spread, device=device
             )
             paths = {site: folder / f"{numbers[site]}.npz" for site in found}
-            return {site: _Tried(one.losses, _stand_in(site, one, paths[site])) for site, one in found.items()}
+            return {site: _Tried(one.losses, stand_ins.of_trial(site, one, paths[site])) for site, one in found.items()}
 
         found.append(submit(workers, group, work))
 

@@ -94,7 +94,13 @@ class Workers:
             self._forget_done()
 
     def submit(
-        self, size_bytes: int, job: Callable[[Spread], Result], *, piece_bytes: int = 0, large: bool = False
+        self,
+        size_bytes: int,
+        job: Callable[[Spread], Result],
+        *,
+        piece_bytes: int = 0,
+        alone: bool = False,
+        large: bool = False,
     ) -> Future[Result]:
         """Run a job that takes so much memory, in a thread; one that leaves no room for another at once and alone.
 
@@ -103,7 +109,7 @@ class Workers:
         alone, one piece after the other, and BLAS has all threads. (That may change a last bit: it must not depend on
         the budget.)
         """
-        if not large and 2 * size_bytes <= self._budget_bytes:
+        if not (large or alone) and 2 * size_bytes <= self._budget_bytes:
             self.make_room(size_bytes)
             future = self._jobs.submit(job, one_by_one)
             self._running[future] = size_bytes

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from awq_onnx.output import OutputFiles, work_folder
 from awq_onnx.store import open_model
 
 RECIPE = Recipe(samples=3, sequence_length=8)
+BEST = Recipe(quality="best", samples=6, sequence_length=8)
 IDS = np.random.default_rng(0).integers(0, 160, (6, 8))
 
 Files = dict[str, bytes]
@@ -237,6 +239,14 @@ def expected(decoder: Path) -> Files:
     return written(decoder.parent)
 
 
+@pytest.fixture(scope="module")
+def best(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The same with the best quality."""
+    folder = tmp_path_factory.mktemp("best")
+    quantize(decoder, folder / "out.onnx", BEST)
+    return written(folder)
+
+
 def outputs_of(decoder: Path, folder: Path, **options: Any) -> Callable[[], object]:
     return lambda: quantize(decoder, folder / "out.onnx", RECIPE, **options)
 
@@ -271,6 +281,22 @@ def test_a_run_that_is_interrupted_after_every_step_comes_to_its_end(
         if not stop_at(monkeypatch, 2 if seconds == 0 else 1, before=False, failure=Stopped(), act=run):
             break
     assert written(tmp_path) == expected
+
+
+@pytest.mark.parametrize("seconds", [0, 1e9], ids=["values saved", "no values saved"])
+def test_a_run_whose_layers_make_up_for_those_before_may_be_interrupted(
+    decoder: Path, best: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", seconds)
+    for number in (3, 5, 7, 10):
+        budgets = [Machine(memory_budget=budget) for budget in ((1, 1 << 30) if number % 2 else (1 << 30, 1))]
+        first, second = (
+            partial(quantize, decoder, tmp_path / "out.onnx", BEST, machine=machine, overwrite=True)
+            for machine in budgets
+        )
+        assert stop_at(monkeypatch, number, before=False, failure=Stopped(), act=first)
+        second()
+        assert written(tmp_path) == best
 
 
 def test_values_are_saved_once_all_groups_before_them_are_written(

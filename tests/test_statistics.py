@@ -369,3 +369,49 @@ def test_means_of_parts_that_saw_nothing_count_the_same() -> None:
     louder = replace(flat, act_mean=np.full(3, 3, np.float32))
     assert mean_of([flat, louder]).tolist() == [2, 2, 2]
     assert mean_of([flat, replace(louder, tokens=5)]).tolist() == [3, 3, 3]
+
+
+# Inputs that drift
+
+
+def with_drift(*updates: tuple[Array, Array, int]) -> InputStatistics:
+    """The statistics of updates (rows, what they should be, validation_rows)."""
+    accumulator = Accumulator(updates[0][0].shape[1], drifts=True)
+    for rows, wanted, validation_rows in updates:
+        accumulator.update(rows, validation_rows, wanted)
+    return accumulator.finish()
+
+
+def test_a_drift_is_what_rows_have_in_common_with_what_they_lack() -> None:
+    rng = np.random.default_rng(0)
+    x, y = activations(rng, 24, T=60), activations(rng, 24, T=60)
+    found = with_drift((x[:40], y[:40], 0), (x[40:], y[40:], 100))
+    assert_sums_of(found, x)
+    assert found.drift is not None
+    assert found.validation_drift is not None
+    np.testing.assert_allclose(found.drift, x.T.astype(np.float64) @ (y - x) / 60, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(validation_of(found), x[40:])
+    np.testing.assert_array_equal(found.validation_drift, (y - x)[40:])
+
+
+@pytest.mark.parametrize("spoiled", ["rows", "wanted"])
+def test_rows_count_nowhere_where_either_is_no_number(spoiled: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = activations(rng, 24, T=60), activations(rng, 24, T=60)
+    clean = with_drift((x[1:], y[1:], 7))
+    (x if spoiled == "rows" else y)[0, 3] = np.nan
+    found = with_drift((x, y, 7))
+    for field in ("second_moment", "drift", "act_mean", "act_max"):
+        np.testing.assert_allclose(getattr(found, field), getattr(clean, field), rtol=1e-4, atol=1e-5)
+    assert found.tokens == clean.tokens
+
+
+def test_merged_drifts_are_those_of_all_rows_together_or_none() -> None:
+    rng = np.random.default_rng(0)
+    x, y = activations(rng, 24, T=60), activations(rng, 24, T=60)
+    parts = [with_drift((x[:20], y[:20], 0)), with_drift((x[20:], y[20:], 0))]
+    whole = with_drift((x, y, 0))
+    merged = InputStatistics.merged(parts)
+    assert merged.drift is not None
+    np.testing.assert_allclose(merged.drift, whole.drift, rtol=1e-3, atol=1e-4)
+    assert InputStatistics.merged([parts[0], accumulated((x, 0))]).drift is None

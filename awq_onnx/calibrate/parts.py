@@ -6,7 +6,8 @@ about transformers is assumed. Its inputs are the tensors that the parts before 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -50,11 +51,16 @@ class Part(Piece):
 
 
 def cut(
-    graph: ir.Graph, groups: Sequence[Group], part_bytes: int, outputs: Sequence[str] = (), begin: int = 0
+    graph: ir.Graph,
+    groups: Sequence[Group],
+    part_bytes: int,
+    outputs: Sequence[str] = (),
+    begin: int = 0,
+    before: Collection[str] = (),
 ) -> list[Part]:
     """The parts that lead to all inputs of `groups`, then those that lead to `outputs` alone; no other nodes.
 
-    begin: so many nodes have run already.
+    begin: so many nodes have run already. before: names of values; a part ends before a node that makes one.
     """
     reading = {node: reads(node) for node in graph}
     body = needed(reading, {value.name or "" for group in groups for value in group.inputs})
@@ -71,7 +77,9 @@ def cut(
     given = {name: waiting.pop(name) for name in list(waiting) if name in known}
     parts = [Part(nodes=(), taps=given, reads=(), makes=(), dead_after=frozenset())] if given and not begin else []
     start = 0
-    for stop in _cuts(nodes, last_read, moments, weights, part_bytes, (0, begin, len(body), len(nodes))):
+    ends = {at for at, node in enumerate(body) if any(output.name in before for output in node.outputs)}
+    borders = sorted({0, begin, len(body), len(nodes), *ends})
+    for stop in _cuts(nodes, last_read, moments, weights, part_bytes, borders):
         run = nodes[start:stop]
         made = dict.fromkeys(output.name or "" for node in run for output in node.outputs)
         read = dict.fromkeys(name for node in run for name in reading[node] if name not in made)
@@ -201,3 +209,29 @@ def _constant_nodes(values: Iterable[ir.Value]) -> list[ir.Node]:
 
 def _element_type(values: NDArray[np.generic]) -> int:
     return int(ir.DataType.from_numpy(values.dtype))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where layers can be replaced by quantised ones, wherever else the graph is cut.
+
+    firsts: what the first layer of each group makes. replaceable: what layers make whose group is known before the
+    last of `firsts` that is not after them.
+    """
+
+    firsts: frozenset[str]
+    replaceable: frozenset[str]
+
+    @classmethod
+    def of(cls, graph: ir.Graph, groups: Sequence[Group]) -> Order:
+        made_at = {value.name or "": at for at, node in enumerate(graph) for value in node.outputs}
+        made = {group: [n for site in group.sites if (n := site.output.name or "") in made_at] for group in groups}
+        firsts = {min(names, key=made_at.__getitem__) for names in made.values() if names}
+        starts = sorted(made_at[name] for name in firsts)
+
+        def start_before(name: str) -> int:
+            return starts[bisect_right(starts, made_at[name]) - 1]
+
+        known_at = {group: max(made_at.get(value.name or "", -1) for value in group.inputs) for group in groups}
+        replaceable = {n for group, names in made.items() for n in names if known_at[group] < start_before(n)}
+        return cls(frozenset(firsts), frozenset(replaceable))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed
-from awq_onnx.calibrate.parts import MASKS, Part, cut, extract
+from awq_onnx.calibrate.parts import MASKS, Order, Part, cut, extract
 from awq_onnx.calibrate.shelf import Shelf, Values
 from awq_onnx.device import PROCESSOR, Device
 from awq_onnx.errors import CalibrationError
 from awq_onnx.passes.absorb import Group
+from awq_onnx.passes.switch import StandIn, substitute
 from awq_onnx.progress import unheard
 from awq_onnx.statistics import Accumulator, InputStatistics
 from awq_onnx.store import OpenedModel
@@ -30,7 +31,9 @@ from awq_onnx.threads import Spread, one_by_one
 from awq_onnx.widen import HALVES
 
 Statistics: TypeAlias = "Mapping[str, InputStatistics]"  # by the name of an input of a group
+StandIns: TypeAlias = "Callable[[Collection[str]], Mapping[str, StandIn]]"  # of layers, by the names of what they make
 
+SHADOW = "\1"  # before the name of a value: what it is where the layers before are quantised
 VALIDATION_EVERY = 8  # one feed in so many, and one where there are fewer
 VALIDATION_ROWS = 512  # of every input, in all
 SHARE = 4  # one part in so many of the budget is for second moments, and one for what waits between parts
@@ -88,10 +91,12 @@ class Segments:
         saved: Saved | None = None,
         spread: Spread = one_by_one,
         device: Device = PROCESSOR,
+        stand_ins: StandIns | None = None,
     ) -> None:
         """folder: for values that do not fit into memory. budget_bytes: of memory. finished: those of `groups` that are
         not wanted any more; saved: where `save` left off. spread: a map for pieces of work. device: what runs the parts
-        and sums.
+        and sums. stand_ins: asked for quantised layers before they run, of groups that are done with by then: what is
+        summed is then what reaches a layer behind these, and how it drifts from the original.
         """
         self._opened = opened
         self._groups = [group for group in groups if group not in finished]
@@ -102,7 +107,12 @@ class Segments:
         self._apart = _validation_rows(self._summed)
         share_bytes = budget_bytes // SHARE
         self._end = saved.end if saved else 0
-        self.parts = cut(opened.model.graph, groups, min(PART_BYTES, share_bytes), data.outputs, self._end)
+        self._stand_ins = stand_ins
+        order = Order.of(opened.model.graph, groups)
+        self._replaceable = order.replaceable if stand_ins else frozenset[str]()
+        before = order.firsts if stand_ins else ()
+        part_bytes = min(PART_BYTES, share_bytes)
+        self.parts = cut(opened.model.graph, groups, part_bytes, data.outputs, self._end, before)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
         self._shelf = Shelf(folder, share_bytes, map(in_float32, feeds))
@@ -123,7 +133,7 @@ class Segments:
         ready_at = {group: max((made_at.get(n, -1) for n in names), default=None) for group, names in missing.items()}
         wanted = {name for names in missing.values() for name in names}
         for part in self.parts:
-            make_room(part.size_bytes)
+            make_room(part.size_bytes * (1 if self._stand_ins is None else 2))  # drifts are as large as moments
             made = self._run_part(part, wanted, advance)
             for group, names in missing.items():
                 known[group].update((name, one) for name, one in made.items() if name in names)
@@ -160,8 +170,10 @@ class Segments:
     def _run_part(
         self, part: Part, wanted: Collection[str], advance: Callable[[float], None]
     ) -> dict[str, InputStatistics]:
-        sums = {name: Accumulator(K, self._device) for name, K in part.taps.items() if name in wanted}
-        session = None
+        session = shadow = None
+        stand_ins = self._stand_ins_in(part)
+        drifts = bool(stand_ins) or self._has_shadow(part.reads)
+        sums = {name: Accumulator(K, self._device, drifts=drifts) for name, K in part.taps.items() if name in wanted}
         share = part.share / (sum(one.share for one in self.parts) or 1) / len(self._shelf.feeds)
         for position, alive in enumerate(self._shelf.feeds):
             if part.tail and position < self._summed:
@@ -170,30 +182,58 @@ class Segments:
                 continue
             if session is None and part.makes:
                 session = self._session(part, alive)
-            made = dict(
-                zip(part.makes, runtime.run(session, list(part.makes), {n: alive[n] for n in part.reads}), strict=True)
-                if session is not None
-                else ()
-            )
+            made = _made(session, part, alive)
             if position < self._summed:
+                if drifts:
+                    shadow = shadow or self._session(part, alive, stand_ins)
+                    made |= {SHADOW + name: one for name, one in _made(shadow, part, _in_shadow(alive)).items()}
                 self._add(sums, {**alive, **made}, self._apart.get(position, 0))
-            self._shelf.put(alive, {name: values for name, values in made.items() if name not in part.dead_after})
+            dead = part.dead_after | {SHADOW + name for name in part.dead_after}
+            self._shelf.put(alive, {name: values for name, values in made.items() if name not in dead})
             del made
-            self._shelf.drop(alive, part.dead_after)
+            self._shelf.drop(alive, dead)
             advance(share)
         return {name: _finished(name, accumulator) for name, accumulator in sums.items()}
 
-    def _session(self, part: Part, alive: Feed) -> Any:
-        model = extract(self._opened.model, part, alive).SerializeToString()
-        providers = self._device.providers
-        return runtime.session(model, self._opened.folder, fuse=False, spin=False, half=False, providers=providers)
+    def _session(self, part: Part, alive: Feed, stand_ins: Mapping[str, StandIn] | None = None) -> Any:
+        model = extract(self._opened.model, part, alive)
+        if stand_ins:
+            substitute(model, stand_ins)
+        graph, providers = model.SerializeToString(), self._device.providers
+        return runtime.session(graph, self._opened.folder, fuse=False, spin=False, half=False, providers=providers)
+
+    def _stand_ins_in(self, part: Part) -> Mapping[str, StandIn]:
+        made = {output.name or "" for node in part.nodes for output in node.outputs} & self._replaceable
+        return self._stand_ins(made) if self._stand_ins is not None and made and not part.tail else {}
+
+    def _has_shadow(self, names: Iterable[str]) -> bool:
+        """Whether any of these values is another one where the layers before are quantised."""
+        return any(SHADOW + name in alive for alive in self._shelf.feeds[:1] for name in names)
 
     def _add(self, sums: Mapping[str, Accumulator], alive: Feed, validation_rows: int) -> None:
         def add(name: str) -> None:
-            sums[name].update(_rows(alive[name], alive), validation_rows)
+            shadow = alive.get(SHADOW + name)
+            rows = _rows(alive[name], alive)
+            if shadow is None:
+                sums[name].update(rows, validation_rows)
+            else:
+                sums[name].update(_rows(shadow, alive), validation_rows, wanted=rows)
 
         for _ in self._spread(add, sorted(sums, key=lambda name: -alive[name].shape[-1])):  # the longest work first
             pass
+
+
+def _made(session: Any, part: Part, alive: Feed) -> Values:
+    """What a part makes of what it reads."""
+    if session is None:
+        return {}
+    names = list(part.makes)
+    return dict(zip(names, runtime.run(session, names, {name: alive[name] for name in part.reads}), strict=True))
+
+
+def _in_shadow(alive: Feed) -> Feed:
+    """The values where the layers before are quantised, those that are the same included."""
+    return {name: alive.get(SHADOW + name, one) for name, one in alive.items()}
 
 
 def in_float32(feed: Feed) -> Values:

@@ -1,6 +1,6 @@
-"""Let a model be asked for what it makes with an error in one place: of one rounded layer, or noise.
+"""Let a model run with rounded layers in it: with many, or with the one that an input of the graph asks for.
 
-An input of the graph says where; an If at every place runs nothing else.
+That one is in an If at every place, so that nothing else runs; a place without a rounded layer gets noise.
 """
 
 from __future__ import annotations
@@ -64,9 +64,28 @@ def add_switches(model: onnx.ModelProto, places: Sequence[str], stand_ins: Mappi
             nodes += _switch(names, node.output[at], output, wrong, (which, own))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    _import_domain(model)
+    return which
+
+
+def substitute(model: onnx.ModelProto, stand_ins: Mapping[str, StandIn]) -> None:
+    """Put stand-ins in the place of the nodes that make these values, by their names."""
+    names = Names(ir.from_proto(model).graph)
+    nodes = []
+    for node in model.graph.node:
+        made = [output for output in node.output if output in stand_ins]
+        for output in made:
+            nodes += _stand_in(model.graph, names, output, stand_ins[output])
+            nodes[-1].output[0] = output
+        nodes += [] if made else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    _import_domain(model)
+
+
+def _import_domain(model: onnx.ModelProto) -> None:
     if all(one.domain != DOMAIN for one in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    return which
 
 
 def _with_noise(names: Names, clean: str, output: str, seed: int) -> list[onnx.NodeProto]:

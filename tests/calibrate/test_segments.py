@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from builders import (
     tiny_decoder,
     two_linears,
 )
+from test_sensitivity import stand_ins_of
 
-from awq_onnx import quantize, runtime
+from awq_onnx import Recipe, quantize, runtime
 from awq_onnx.calibrate import segments
 from awq_onnx.calibrate.segments import Data, Saved, Segments
 from awq_onnx.machine import Machine
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
+from awq_onnx.passes.switch import StandIn, substitute
 from awq_onnx.statistics import InputStatistics
 
 Feed = dict[str, Array]
@@ -550,3 +552,85 @@ def test_padding_is_not_kept_for_validation() -> None:
 def test_one_feed_alone_leaves_nothing_for_validation() -> None:
     model = tiny_decoder()
     assert all(one.validation is None for one in collected(model, [decoder_feed(model, IDS)]).values())
+
+
+# Behind quantised layers
+
+
+def rounded_layers(model: onnx.ModelProto, folder: Path) -> dict[str, StandIn]:
+    """Stand-ins for the layers of all groups, by what they make; far from the originals."""
+    save(model, folder / "model.onnx")
+    recipe = Recipe(method="rtn", bits=2, samples=2, sequence_length=8, accuracy_level=0)
+    quantize(folder / "model.onnx", folder / "rounded.onnx", recipe, calibration=IDS, overwrite=True)
+    return stand_ins_of(folder / "rounded.onnx")
+
+
+def behind(layers: dict[str, StandIn], asked: list[str] | None = None) -> Callable[[Collection[str]], Any]:
+    def stand_ins(made: Collection[str]) -> dict[str, StandIn]:
+        if asked is not None:
+            asked.extend(made)
+        return {name: layers[name] for name in made}
+
+    return stand_ins
+
+
+def drifting(model: onnx.ModelProto, layers: dict[str, StandIn], budget_bytes: int = WHOLE) -> Statistics:
+    data = Data([decoder_feed(model, IDS[:3]), decoder_feed(model, IDS[3:])])
+    with in_parts(model, data, budget_bytes, stand_ins=behind(layers)) as (parts, _):
+        return {name: one for known in parts.run() for _, found in known for name, one in found.items()}
+
+
+def test_what_reaches_a_layer_is_what_the_layers_before_make_once_they_are_rounded(tmp_path: Path) -> None:
+    model = tiny_decoder()
+    layers = rounded_layers(model, tmp_path)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    groups = find_groups(survey(ir.from_proto(model)))
+    names = [value.name or "" for group in groups for value in group.inputs]
+    for one in (changed, model):
+        one.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    substitute(changed, layers)
+    feed = decoder_feed(model, IDS)
+    original, rounded = run(model, feed), run(changed, feed)
+    del model.graph.output[-len(names) :]
+    found = drifting(model, layers)
+    assert found[names[0]].drift is None  # nothing is quantised before the first layers
+    for name in names[1:]:
+        x, y = rows_of(rounded[name]), rows_of(original[name])
+        assert not np.allclose(x, y, atol=1e-3)
+        np.testing.assert_allclose(found[name].act_max, np.abs(x).max(axis=0), rtol=1e-2, atol=1e-3)
+        assert found[name].validation_drift is not None
+
+
+def test_no_budget_changes_a_bit_of_that(tmp_path: Path) -> None:
+    model = tiny_decoder()
+    layers = rounded_layers(model, tmp_path)
+    whole = drifting(model, layers)
+    for budget_bytes in BUDGETS:
+        found = drifting(model, layers, budget_bytes)
+        assert_same_bits(found, whole)
+        for name, one in found.items():
+            for field in ("drift", "validation_drift"):
+                np.testing.assert_array_equal(getattr(one, field), getattr(whole[name], field))
+
+
+def test_layers_are_asked_for_once_their_group_has_come(tmp_path: Path) -> None:
+    model = tiny_decoder()
+    layers, asked, come = rounded_layers(model, tmp_path), list[str](), set[str]()
+    data = Data([decoder_feed(model, IDS)])
+    with in_parts(model, data, 1, stand_ins=behind(layers, asked)) as (parts, groups):
+        for known in parts.run():
+            assert come.issuperset(asked)
+            come.update(site.output.name or "" for group, _ in known for site in group.sites)
+    last = {site.output.name for site in groups[-1].sites}  # nothing that counts comes after these
+    assert sorted(asked) == sorted(set(layers) - last)
+
+
+def test_what_is_measured_knows_of_no_rounded_layer(tmp_path: Path) -> None:
+    model = tiny_decoder()
+    layers, feed = rounded_layers(model, tmp_path), decoder_feed(model, IDS)
+    with in_parts(model, Data([feed], [feed], ("logits",)), stand_ins=behind(layers)) as (parts, _):
+        for _ in parts.run():
+            pass
+        ((logits,),) = parts.measured
+    np.testing.assert_allclose(logits, run(model, feed)["logits"], rtol=1e-4, atol=1e-5)
