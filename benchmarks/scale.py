@@ -18,7 +18,6 @@ The largest size needs 16 GB of disk and about an hour of two idle cores.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 from common import size_bytes
+from pictures import pyplot, save_picture
 from random_llama import DTYPES, POSITIONS, SHAPES, Shape, build
 from watching import Cost, watched
 
@@ -235,8 +235,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     over_sizes = sorted((run for run in runs if not run.of_layers), key=lambda run: run.parameters)
     if not over_sizes:
         sys.exit("scale.py: nothing to plot: there is no run over sizes")
-    pyplot = _pyplot()
-    figure, (memory, minutes) = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+    figure, (memory, minutes) = pyplot().subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     every = list(dict.fromkeys(run.settings for run in over_sizes))
     for settings, style in zip(every, cycle(["-", "--", ":", "-."])):
         chosen = [run for run in over_sizes if run.settings == settings]
@@ -251,8 +250,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     _label(memory, over_sizes, "memory, GB")
     _label(minutes, over_sizes, "time, minutes")
     figure.suptitle(", ".join(one for one in every[0] if all(one in other for other in every)), fontsize="small")
-    pyplot.rcParams["svg.hashsalt"] = "awq-onnx"  # the same figures, the same bytes
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_picture(figure, path)
 
 
 def _apart(settings: Sequence[str], every: Sequence[Sequence[str]]) -> str:
@@ -261,15 +259,6 @@ def _apart(settings: Sequence[str], every: Sequence[Sequence[str]]) -> str:
         return ""
     own = [one for one in settings if not all(one in other for other in every)]
     return f", {', '.join(own) or 'no option'}"
-
-
-def _pyplot() -> Any:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        sys.exit("scale.py: a picture needs matplotlib: pip install matplotlib, then add --plot to --from-json FILE")
-    matplotlib.use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def _curve(axes: Any, runs: Sequence[Run], measure: Callable[[Run], float], label: str, style: str) -> None:
@@ -361,7 +350,7 @@ def main() -> None:
         parser.error(f"--length is more than the models' {POSITIONS} positions")
     signal.signal(signal.SIGTERM, _interrupt)  # what was built is removed then too
     if arguments.plot is not None:
-        _pyplot()  # before hours are spent
+        pyplot()  # before hours are spent
     if arguments.from_json is not None:
         runs = [run for path in arguments.from_json for run in load(path)]
     else:
