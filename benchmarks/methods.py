@@ -6,12 +6,12 @@
 
 Measured is KL(original || int4) in nats on text that calibrated nothing: 24 windows of 256 tokens of CPython's
 documentation, accuracy level 0. +- is the standard error over windows, of a ratio too (windows resampled in pairs).
-All methods calibrate on the same token ids: text that the model wrote itself, with `awq_onnx.calibrate`, as the command
+All methods calibrate on the same tokens: text that the model wrote itself, with `awq_onnx.calibrate`, as the command
 without data does it; numpy's documentation or random ids where the page says so.
 
-What is measured is kept in the file of --json after every model, and the token ids beside it, so that a run goes on
-with what is missing; --seconds ends one early. The second form makes the page again without measuring anything. All of
-it takes about an hour of two idle cores. Seconds are those of one run: they want an idle machine, KL does not.
+What is measured is kept in the file of --json after every model, and the text that the model wrote beside it: a run
+goes on with what is missing; --seconds ends one early. The second form makes the page again without measuring anything.
+All of it takes about an hour of two idle cores. Seconds are those of one run: they want an idle machine, KL does not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ from variants import (
 import awq_onnx
 from awq_onnx import Recipe, runtime
 from awq_onnx.calibrate import data
-from awq_onnx.calibrate.feeds import complete, signature
+from awq_onnx.calibrate.data import Calibration
+from awq_onnx.calibrate.feeds import MASK, TOKENS, complete, signature
 from awq_onnx.comparison import compare_outputs, compared_outputs
 from awq_onnx.progress import Silent
 from awq_onnx.store import open_model
@@ -98,14 +99,14 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Token ids to calibrate with. own: where those that the model wrote are kept."""
+class Texts:
+    """What to calibrate with. own: the file for the text that the model wrote."""
 
     model: Path
     own: Path
 
-    def ids(self, text: str, samples: int) -> Tokens | None:
-        """So many sequences, and those that are held out: (samples + more, LENGTH)."""
+    def sequences(self, text: str, samples: int) -> Calibration:
+        """So many sequences of LENGTH tokens, and those that the command holds out."""
         rows = samples + max(1, samples // HELD_OUT_SHARE)
         if text == ITSELF:
             return None
@@ -113,7 +114,7 @@ class Calibration:
             return calibration_ids(self.model, rows, LENGTH)
         if text == RANDOM:
             return np.random.default_rng(0).integers(0, self._vocabulary, (rows, LENGTH))
-        return self._written[:rows]
+        return {name: values[:rows] for name, values in self._written.items()}
 
     @cached_property
     def _vocabulary(self) -> int:
@@ -121,32 +122,30 @@ class Calibration:
             return signature(opened.model.graph).vocabulary or 0
 
     @cached_property
-    def _written(self) -> Tokens:
+    def _written(self) -> dict[str, Tokens]:
         if not self.own.exists():
-            np.save(self.own, written(self.model, MOST_SAMPLES))
-        ids: Tokens = np.load(self.own)
-        return ids
+            _say(f"the model writes {MOST_SAMPLES} sequences")
+            np.savez(self.own, **written(self.model, MOST_SAMPLES))  # type: ignore[arg-type]
+        with np.load(self.own) as arrays:
+            return {name: arrays[name] for name in arrays.files}
 
 
-def written(model: Path, samples: int) -> Tokens:
-    """Token ids of the text that the command calibrates with where nothing is given, what it holds out included.
-
-    Few samples are the first of many, since the model writes 17 side by side.
+def written(model: Path, samples: int) -> dict[str, Tokens]:
+    """The text that the command calibrates with where nothing is given, what it holds out included; a mask tells what
+    of it counts. Few samples are the first of many, since the model writes 17 side by side.
     """
-    _say(f"the model writes {samples} sequences")
     with open_model(model) as opened:
         loaded = data.load(opened, signature(opened.model.graph), Recipe(samples=samples), None, None, Silent())
-    assert all(feed["attention_mask"].all() for feed in loaded.all_feeds), "some of the text is none"
-    return np.concatenate([feed["input_ids"] for feed in loaded.all_feeds])
+    return {name: np.concatenate([feed[name] for feed in loaded.all_feeds]) for name in (TOKENS, MASK)}
 
 
-def measure(variant: Variant, original: Original, calibration: Calibration) -> dict[str, Any]:
+def measure(variant: Variant, original: Original, texts: Texts) -> dict[str, Any]:
     """Make the 4-bit model, compare it; figures for JSON."""
     recipe = Recipe(accuracy_level=0, samples=variant.samples, **variant.settings)
-    ids = calibration.ids(variant.text, variant.samples)
+    calibration = texts.sequences(variant.text, variant.samples)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "int4.onnx"
-        report = awq_onnx.quantize(original.path, output, recipe, calibration=ids)
+        report = awq_onnx.quantize(original.path, output, recipe, calibration=calibration)
         return {
             **original.compared(output),
             "size": size_bytes(output),
@@ -183,15 +182,14 @@ def measure_all(arguments: argparse.Namespace, results: Results) -> bool:
     end = time.monotonic() + arguments.seconds
     originals = {name: Original(name) for name in (FP32_MODEL, FP16_MODEL)}
     first = originals[FP32_MODEL]
-    calibration = Calibration(first.path, arguments.json.with_suffix(".own.npy"))
+    texts = Texts(first.path, arguments.json.with_suffix(".own.npz"))
     if SALIENT in arguments.only and SALIENT not in results.found:
-        ids = calibration.ids(OWN, SAMPLES)
-        assert ids is not None
-        results.add(SALIENT, measured_channels(first.path, ids, first.compared))
+        sequences = texts.sequences(OWN, SAMPLES)
+        results.add(SALIENT, measured_channels(first.path, sequences, SAMPLES, first.compared))
     for variant in list(missing(arguments.only, results.found, best=arguments.best)):
         if time.monotonic() > end:
             return False
-        figures = measure(variant, originals[variant.model], calibration)
+        figures = measure(variant, originals[variant.model], texts)
         results.add(variant.key, figures)
         _say(f"{variant.key}: KL {figures['kl_mean']:.4f}, {figures['total_seconds']:.0f} s")
     return True

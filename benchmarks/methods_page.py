@@ -46,11 +46,11 @@ models on this page with the same block size have the same size: what differs is
 
 METHODS_TEXT = """
 * `rtn`, round to nearest: every weight to the nearest number of its block's range. It reads no text.
-* `gptq` ([Frantar et al. 2022](https://arxiv.org/abs/2210.17323)): input channel after input channel; what rounding one
-  got wrong is made up for in the channels that are not rounded yet.
-* `awq` ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)): before rounding, weights that meet large activations are
-  multiplied by a scale, which makes their errors smaller, and the activations are divided by it, which changes nothing else.
-  Then the ranges of blocks are clipped where that helps.
+* `gptq` ([Frantar et al. 2022](https://arxiv.org/abs/2210.17323)): input channel after input channel; what rounding
+  one got wrong is made up for in the channels that are not rounded yet.
+* `awq` ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)): before rounding, weights that meet large activations
+  are multiplied by a scale, which makes their errors smaller, and the activations are divided by it, which changes
+  nothing else. Then the ranges of blocks are clipped where that helps.
 * `awq+gptq`: AWQ's scales, then ranges that are fitted by least squares, then errors made up for.
 
 Seconds per layer are those of calibrating, searching and rounding, over the number of layers: the forward passes are
@@ -65,31 +65,32 @@ AWQ's scale of an input channel is mean|x|^alpha, alpha searched for each layer.
 """
 
 SALIENT_TEXT = """
-AWQ rests on an observation: a few input channels carry much larger numbers than the others, and rounding errors of the
-weights that meet them hurt most. Below, the channels of each layer are sorted by mean|x|, the loudest first; the curve
-tells which share of the squared error of the layer's output the first so many percent carry (blocks of 128, plain rounding, mean
-over the layers of a kind). If all channels mattered alike, it would be the dotted line.
+AWQ rests on an observation: a few input channels carry much larger numbers than the others, and rounding errors of
+the weights that meet them hurt most. Below, the channels of each layer are sorted by mean|x|, the loudest first; the
+curve tells which share of the squared error of the layer's output the first so many percent carry (blocks of 128,
+plain rounding, mean over the layers of a kind). If all channels mattered alike, it would be the dotted line.
 
 ![Share of the error that the loudest channels carry]({picture})
 """
 
 TOKENS_TEXT = """
-What has to be learned differs. Scales take one mean per channel, so a few hundred tokens say nearly all. To make up for errors takes the
-correlations of every two channels of a layer, and from few tokens most of these are chance. awq-onnx therefore tries what it learned on
-sequences that it kept apart, and where that does not help, it rounds as if it knew nothing. Blocks of 32:
+What has to be learned differs. Scales take one mean per channel, so a few hundred tokens say nearly all. To make up
+for errors takes the correlations of every two channels of a layer, and from few tokens most of these are chance.
+awq-onnx therefore tries what it learned on sequences that it kept apart, and where that does not help, it rounds as
+if it knew nothing. Blocks of 32:
 
 ![KL over the number of calibration tokens]({picture})
 """
 
 TEXT_TEXT = """
-The default calibrates on text that the model wrote itself. Here it is given that, numpy's documentation, or random token ids (as
-given data: the command does not know that they are noise), {samples} sequences of {length} tokens each. The last column is the difference
-from self-written text, window by window:
+The default calibrates on text that the model wrote itself. Here it is given that, numpy's documentation, or random
+token ids (as given data: the command does not know that they are noise), {samples} sequences of {length} tokens each.
+The last column is the difference from self-written text, window by window:
 """
 
 FP16_TEXT = """
-The same weights exported in fp16: each 4-bit model against its own original, on the same windows, calibrated on the same tokens.
-Its scales are fp16 too, so the file is smaller.
+The same weights exported in fp16: each 4-bit model against its own original, on the same windows, calibrated on the
+same tokens. Its scales are fp16 too, so the file is smaller.
 """
 
 
@@ -190,10 +191,10 @@ def salient_section(found: Found, path: Path) -> Iterator[str]:
     most = max(layers, key=lambda one: float(one["plain_salient"]))
     loss = float(np.exp(np.mean(np.log([one["loss_ratio"] for one in layers]))))
     yield (
-        f"In the mean over all {len(layers)} layers the loudest 1% of the channels carry {before:.1%} of the error before "
-        f"scaling and {after:.1%} after it; at most {most['plain_salient']:.1%} before, where it is "
-        f"{most['scaled_salient']:.1%} after (`{most['name']}`). The scales bring the squared error of a layer's output to "
-        f"{loss:.2f} (geometric mean)."
+        f"In the mean over all {len(layers)} layers the loudest 1% of the channels carry {before:.1%} of the error "
+        f"before scaling and {after:.1%} after it. The layer where it is most: `{most['name']}`, "
+        f"{most['plain_salient']:.1%} before, {most['scaled_salient']:.1%} after. The scales bring the squared error "
+        f"of a layer's output to {loss:.2f} of what it was (geometric mean)."
     )
     yield ""
     yield from _kinds_table(layers)
@@ -216,7 +217,7 @@ def _kept_table(figures: dict[str, Any]) -> Iterator[str]:
         NONE: "none",
         ANY: "1% of each layer's channels, at random",
         LARGEST: "the 1% with the largest weights, by norm",
-        LOUDEST: "the 1% with the largest mean|x|",
+        LOUDEST: "the 1% that are loudest, by mean\\|x\\|",
     }
     yield "The experiment that AWQ began with: plain rounding, blocks of 128, but some channels keep their weights:\n"
     yield from _header("kept unrounded", "perplexity", "KL", "/ none")

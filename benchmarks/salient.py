@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from awq_onnx import Machine, Recipe, codec, groups
 from awq_onnx.calibrate import data
+from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import signature
 from awq_onnx.calibrate.segments import Data, Segments
 from awq_onnx.calibrate.straight import straighten
@@ -80,11 +81,11 @@ class Layer:
 
 
 def measured_channels(
-    model: Path, ids: NDArray[np.int64], compared: Callable[[Path], dict[str, Any]]
+    model: Path, calibration: Calibration, samples: int, compared: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """Figures for JSON: of every layer, and of the model with some channels kept. compared: with the original."""
     with open_model(model) as opened:
-        layers = list(_layers(opened, ids))
+        layers = list(_layers(opened, calibration, samples))
     return {
         "block_size": BLOCK_SIZE,
         "layers": [one.figures for one in layers],
@@ -92,11 +93,11 @@ def measured_channels(
     }
 
 
-def _layers(opened: OpenedModel, ids: NDArray[np.int64]) -> Iterator[Layer]:
-    """The model is run over the ids once, and the scales are searched as the command does it."""
-    recipe = Recipe(method="awq", block_size=BLOCK_SIZE, samples=len(ids))
+def _layers(opened: OpenedModel, calibration: Calibration, samples: int) -> Iterator[Layer]:
+    """The model is run over the calibration data once, and the scales are searched as the command does it."""
+    recipe = Recipe(method="awq", block_size=BLOCK_SIZE, samples=samples)
     plan = make_plan(opened.model, recipe)
-    loaded = data.load(opened, signature(opened.model.graph), recipe, ids, None, Silent())
+    loaded = data.load(opened, signature(opened.model.graph), recipe, calibration, None, Silent())
     straight = straighten(opened, plan.survey, loaded.feeds[0])
     maps = trace_channels(plan, straight, loaded)
     with tempfile.TemporaryDirectory() as folder:
