@@ -44,7 +44,6 @@ from variants import (
     RANDOM,
     SALIENT,
     SAMPLE_COUNTS,
-    SAMPLES,
     SECTIONS,
     Found,
     Variant,
@@ -63,6 +62,7 @@ from awq_onnx.store import open_model
 Tokens: TypeAlias = NDArray[np.int64]
 
 MOST_SAMPLES = max(SAMPLE_COUNTS)
+SALIENT_SAMPLES = 8  # enough for one mean of each channel
 HELD_OUT_SHARE = 16  # awq-onnx keeps one sample in so many to measure with
 
 
@@ -184,8 +184,8 @@ def measure_all(arguments: argparse.Namespace, results: Results) -> bool:
     first = originals[FP32_MODEL]
     texts = Texts(first.path, arguments.json.with_suffix(".own.npz"))
     if SALIENT in arguments.only and SALIENT not in results.found:
-        sequences = texts.sequences(OWN, SAMPLES)
-        results.add(SALIENT, measured_channels(first.path, sequences, SAMPLES, first.compared))
+        sequences = texts.sequences(OWN, SALIENT_SAMPLES)
+        results.add(SALIENT, measured_channels(first.path, sequences, SALIENT_SAMPLES, first.compared))
     for variant in list(missing(arguments.only, results.found, best=arguments.best)):
         if time.monotonic() > end:
             return False
