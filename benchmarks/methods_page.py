@@ -12,7 +12,7 @@ import variants as runs
 from numpy.typing import NDArray
 from pictures import pyplot, save_picture
 from quality import ratio_with_error
-from salient import ANY, KINDS, LARGEST, LOUDEST, NONE, OTHERS, SHARES
+from salient import ANY, LARGEST, LOUDEST, NONE, SHARES
 from variants import Found, Variant
 
 from awq_onnx.recipe import WHOLE_COLUMN
@@ -22,7 +22,7 @@ GREY = "0.55"
 COLOURS = {"rtn": GREY, "gptq": "C1", "awq": "C0", "awq+gptq": "C2"}
 NAMES = {"rtn": "rounding alone (`rtn`)", "gptq": "`gptq`", "awq": "`awq`", "awq+gptq": "`awq+gptq` (default)"}
 FORMULAS = {"max": "SmoothQuant's", "weights": "AutoAWQ's", "all": "the best of all three, layer by layer"}
-EVERY_KIND = tuple(dict.fromkeys([*KINDS.values(), OTHERS]))
+EVERY_KIND = ("q, k, v", "gate, up", "down", "o")
 
 INTRODUCTION = """# The methods, side by side
 
@@ -40,6 +40,7 @@ models on this page with the same block size have the same size: what differs is
 * **perplexity**: how surprised the model is by that text. The original's is {perplexity:.2f}.
 * **+-**: one standard error over the windows. All models read the same windows, so a ratio of two is known better
   than either.
+* **/ rtn**: the KL over that of rounding alone with the same blocks: 0.25 is a quarter of it.
 * **calibration**: running the original over some text to see which numbers flow through it. The model writes that
   text itself, unless the page says otherwise.
 """
@@ -54,8 +55,8 @@ METHODS_TEXT = """
 * `awq+gptq`: AWQ's scales, then ranges that are fitted by least squares, then errors made up for.
 
 Seconds per layer are those of calibrating, searching and rounding, over the number of layers: the forward passes are
-in them, the writing of the text is not. For `rtn`, which needs neither, they are of one sequence that the command
-runs anyway.
+in them, the writing of the text is not. For `rtn`, which needs neither, they are of the one sequence that the command
+runs anyway. They are of one run on two cores, which other work shared: take them as an order of magnitude.
 """
 
 FORMULAS_TEXT = """### Formulas of the scale
@@ -68,16 +69,16 @@ SALIENT_TEXT = """
 AWQ rests on an observation: a few input channels carry much larger numbers than the others, and rounding errors of
 the weights that meet them hurt most. Below, the channels of each layer are sorted by mean|x|, the loudest first; the
 curve tells which share of the squared error of the layer's output the first so many percent carry (blocks of 128,
-plain rounding, mean over the layers of a kind). If all channels mattered alike, it would be the dotted line.
+plain rounding; the line is the mean over the layers of a kind, the shade holds eight of ten of them). If all channels
+mattered alike, it would be the dotted line.
 
 ![Share of the error that the loudest channels carry]({picture})
 """
 
 TOKENS_TEXT = """
-What has to be learned differs. Scales take one mean per channel, so a few hundred tokens say nearly all. To make up
-for errors takes the correlations of every two channels of a layer, and from few tokens most of these are chance.
-awq-onnx therefore tries what it learned on sequences that it kept apart, and where that does not help, it rounds as
-if it knew nothing. Blocks of 32:
+Scales take one mean for each channel. To make up for errors takes the correlation of every two channels of a layer,
+of which many are chance where the tokens are few. awq-onnx therefore tries what it learned on sequences that it kept
+apart, and where that does not help, or there is nothing to keep apart, the layer is rounded without. Blocks of 32:
 
 ![KL over the number of calibration tokens]({picture})
 """
@@ -246,14 +247,14 @@ def draw_salient(layers: Sequence[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks([0, 25, 50, 75, 100], ["0%", "25%", "50%", "75%", "100%"])
     panels[0].set_ylabel("share of the squared error")
-    panels[0].legend(frameon=False, fontsize="small", loc="upper left")
+    panels[-1].legend(frameon=False, fontsize="small", loc="upper left")  # the panel with the lowest curves
     figure.supxlabel("share of the input channels, the loudest first", fontsize="medium")
     save_picture(figure, path)
 
 
 def tokens_section(found: Found, path: Path) -> Iterator[str]:
     chosen = _some(found, runs.OVER_TOKENS)
-    if not chosen:
+    if len({one.samples for one in chosen}) < 2:
         return
     picture = path.with_name("methods-tokens.svg")
     draw_tokens(found, chosen, picture)
