@@ -7,7 +7,7 @@
 Measured is KL(original || int4) in nats on text that calibrated nothing: 24 windows of 256 tokens of CPython's
 documentation, accuracy level 0. +- is the standard error over windows, of a ratio too (windows resampled in pairs).
 All methods calibrate on the same tokens: text that the model wrote itself, with `awq_onnx.calibrate`, as the command
-without data does it; numpy's documentation or random ids where the page says so.
+without data does it; other text or random ids where the page says so.
 
 What is measured is kept in the file of --json after every model, and the text that the model wrote beside it: a run
 goes on with what is missing; --seconds ends one early. The second form makes the page again without measuring anything.
@@ -41,6 +41,7 @@ from variants import (
     LENGTH,
     OTHER,
     OWN,
+    PROSE,
     RANDOM,
     SALIENT,
     SAMPLE_COUNTS,
@@ -52,7 +53,7 @@ from variants import (
 
 import awq_onnx
 from awq_onnx import Recipe, runtime
-from awq_onnx.calibrate import data
+from awq_onnx.calibrate import data, prose
 from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import MASK, TOKENS, complete, signature
 from awq_onnx.comparison import compare_outputs, compared_outputs
@@ -112,6 +113,8 @@ class Texts:
             return None
         if text == OTHER:
             return calibration_ids(self.model, rows, LENGTH)
+        if text == PROSE:
+            return prose.windows(self.model, None, None, rows, LENGTH)
         if text == RANDOM:
             return np.random.default_rng(0).integers(0, self._vocabulary, (rows, LENGTH))
         return {name: values[:rows] for name, values in self._written.items()}

@@ -84,9 +84,10 @@ apart, and where that does not help, or there is nothing to keep apart, the laye
 """
 
 TEXT_TEXT = """
-The default calibrates on text that the model wrote itself. Here it is given that, numpy's documentation, or random
-token ids (as given data: the command does not know that they are noise), {samples} sequences of {length} tokens each.
-The last column is the difference from self-written text, window by window:
+The default calibrates on text that the model wrote itself. Here it is given that, or as many tokens of real text:
+numpy's documentation, which is akin to what is measured on (CPython's), or the prose that comes with awq-onnx, which
+is of many kinds (news, letters, recipes, a little code); or random token ids, given as data: the command does not
+know that they are noise. The difference from self-written text is taken window by window:
 """
 
 FP16_TEXT = """
@@ -294,25 +295,27 @@ def draw_tokens(found: Found, chosen: Iterable[Variant], path: Path) -> None:
 
 
 def text_section(found: Found, _: Path) -> Iterator[str]:
-    chosen = _some(found, [one.with_block(size) for size in runs.BLOCK_SIZES for one in runs.TEXTS])
-    own = {one.settings["block_size"]: found[one.key] for one in chosen if one.text == runs.OWN}
-    if not own or len(chosen) == len(own):
+    chosen = _some(found, runs.wanted_variants(runs.TEXT, best=False))
+    own = {(one.settings["block_size"], one.samples): found[one.key] for one in chosen if one.text == runs.OWN}
+    others = [one for one in chosen if one.text != runs.OWN and (one.settings["block_size"], one.samples) in own]
+    if not others:
         return
-    yield TEXT_TEXT.format(samples=runs.SAMPLES, length=runs.LENGTH)
-    yield from _header("calibrated on", "block", "perplexity", "KL", "KL less that of own text")
-    sentences = []
-    for one in chosen:
-        block_size, figures = one.settings["block_size"], found[one.key]
-        told = "-"
-        if one.text != runs.OWN:
-            difference, error = _difference(figures, own[block_size])
+    yield TEXT_TEXT
+    yield from _header("calibrated on", "block", "perplexity", "KL", "KL less that of own text", "in standard errors")
+    for (block_size, samples), figures in own.items():
+        here = [one for one in others if (one.settings["block_size"], one.samples) == (block_size, samples)]
+        if here:
+            yield _text_row(runs.OWN, samples, block_size, figures, "-", "-")
+        for one in here:
+            difference, error = _difference(found[one.key], figures)
             told = f"{difference:+.4f} +-{error:.4f}"
-            sentences.append(
-                f"* Blocks of {block_size}, {one.text}: {abs(difference) / error:.1f} standard errors "
-                f"{'above' if difference > 0 else 'below'} self-written text."
-            )
-        yield _row(one.text, f"{block_size}", f"{figures['perplexity_quantized']:.2f}", _kl(figures), told)
-    yield from ["", *sentences, ""]
+            yield _text_row(one.text, samples, block_size, found[one.key], told, f"{difference / error:+.1f}")
+    yield ""
+
+
+def _text_row(text: str, samples: int, block_size: int, figures: dict[str, Any], *difference: str) -> str:
+    perplexity = f"{figures['perplexity_quantized']:.2f}"
+    return _row(f"{text}, {samples} x {runs.LENGTH}", f"{block_size}", perplexity, _kl(figures), *difference)
 
 
 def fp16_section(found: Found, _: Path) -> Iterator[str]:

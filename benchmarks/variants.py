@@ -12,9 +12,11 @@ Found: TypeAlias = dict[str, dict[str, Any]]  # what was measured, by the key of
 
 METHODS, SALIENT, TOKENS, TEXT, FP16 = SECTIONS = ("methods", "salient", "tokens", "text", "fp16")
 OWN, OTHER, RANDOM, ITSELF = "own text", "numpy's documentation", "random tokens", "nothing given"
+PROSE = "the prose in awq-onnx"
 FP32_MODEL, FP16_MODEL = "smollm2", "smollm2-fp16"
 LENGTH = 256  # tokens in a sequence
 SAMPLES = 32
+PROSE_SAMPLES = 13  # as many as there is prose for
 BLOCK_SIZES = (32, 128)
 SAMPLE_COUNTS = (1, 2, 4, 8, 32, 64)
 
@@ -59,6 +61,7 @@ OVER_TOKENS = tuple(
     for method in ("awq", "gptq", "awq+gptq")
 )
 TEXTS = tuple(Variant({"method": "awq+gptq"}, text) for text in (OWN, OTHER, RANDOM))
+FEWER_TEXTS = tuple(Variant({"method": "awq+gptq"}, text, PROSE_SAMPLES) for text in (OWN, OTHER, PROSE))
 HALVES = tuple(replace(one, model=FP16_MODEL) for one in (ROUND_TO_NEAREST, BOTH))
 
 
@@ -68,7 +71,11 @@ def wanted_variants(section: str, *, best: bool) -> list[Variant]:
         blocks = [one.with_block(size) for some in (FOUR_METHODS, FORMULAS) for size in BLOCK_SIZES for one in some]
         columns = [one.with_block(WHOLE_COLUMN) for one in FOUR_METHODS]
         return [*blocks, *PRESETS, *columns, *([PRESET_BEST] if best else [])]
-    both_sizes = {TEXT: TEXTS, FP16: HALVES}
-    if section in both_sizes:
-        return [one.with_block(size) for size in BLOCK_SIZES for one in both_sizes[section]]
+    if section == TEXT:
+        return [
+            *(one.with_block(size) for size in BLOCK_SIZES for one in TEXTS),
+            *(one.with_block(32) for one in FEWER_TEXTS),
+        ]
+    if section == FP16:
+        return [one.with_block(size) for size in BLOCK_SIZES for one in HALVES]
     return list(OVER_TOKENS) if section == TOKENS else []
