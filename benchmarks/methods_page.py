@@ -42,7 +42,8 @@ models on this page with the same block size have the same size: what differs is
   than either.
 * **/ rtn**: the KL over that of rounding alone with the same blocks: 0.25 is a quarter of it.
 * **calibration**: running the original over some text to see which numbers flow through it. The model writes that
-  text itself, unless the page says otherwise.
+  text itself, unless the page says otherwise; where a text of its own ends early, the rest of that sequence does not
+  count.
 """
 
 METHODS_TEXT = """
@@ -84,11 +85,13 @@ apart, and where that does not help, or there is nothing to keep apart, the laye
 """
 
 TEXT_TEXT = """
-The default calibrates on text that the model wrote itself. Here it is given that, or as many tokens of real text:
-numpy's documentation, which is akin to what is measured on (CPython's), or the prose that comes with awq-onnx, which
-is of many kinds (news, letters, recipes, a little code); or random token ids, given as data: the command does not
-know that they are noise. The difference from self-written text is taken window by window:
+The default calibrates on text that the model wrote itself. Here it is given that, or as many sequences of something
+else. numpy's documentation is akin to what is measured on, CPython's; the prose that comes with awq-onnx is of many
+kinds (news, letters, recipes, a little code). {random}The difference from self-written text is taken window by
+window:
 """
+
+RANDOM_TEXT = "Random token ids are given as data: the command does not know that they are noise. "
 
 FP16_TEXT = """
 The same weights exported in fp16: each 4-bit model against its own original, on the same windows, calibrated on the
@@ -300,7 +303,7 @@ def text_section(found: Found, _: Path) -> Iterator[str]:
     others = [one for one in chosen if one.text != runs.OWN and (one.settings["block_size"], one.samples) in own]
     if not others:
         return
-    yield TEXT_TEXT
+    yield TEXT_TEXT.format(random=RANDOM_TEXT if any(one.text == runs.RANDOM for one in others) else "")
     yield from _header("calibrated on", "block", "perplexity", "KL", "KL less that of own text", "in standard errors")
     for (block_size, samples), figures in own.items():
         here = [one for one in others if (one.settings["block_size"], one.samples) == (block_size, samples)]
