@@ -11,8 +11,8 @@ without data does it; other text or random ids where the page says so.
 
 What is measured is kept in the file of --json after every model, and the text that the model wrote beside it: a run
 goes on with what is missing; --seconds ends one early. The second form makes the page again without measuring anything.
-A model takes one to three minutes of two cores that are shared, and there are about fifty. Seconds are those of one run: they
-want an idle machine, KL does not.
+A model takes one to three minutes of two cores that are shared, and there are about fifty. Seconds are those of one
+run: they want an idle machine, KL does not.
 """
 
 from __future__ import annotations
