@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import pydoc_data.topics
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnx
@@ -164,13 +162,3 @@ def size_bytes(model: Path) -> int:
         if entry.key == "location"
     }
     return model.stat().st_size + sum(model.with_name(name).stat().st_size for name in data)
-
-
-def pyplot() -> Any:
-    """matplotlib's, without a screen."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        sys.exit("a picture needs matplotlib: pip install matplotlib, then add --plot to --from-json FILE")
-    matplotlib.use("Agg")
-    return importlib.import_module("matplotlib.pyplot")

@@ -54,7 +54,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from common import held_out_text, pyplot, size_bytes, smollm2, trained_model, with_accuracy_level
+from common import held_out_text, size_bytes, smollm2, trained_model, with_accuracy_level
 from numpy.typing import NDArray
 from others import (
     INT4_TOOLS,
@@ -66,6 +66,7 @@ from others import (
     last_line,
     with_own_head,
 )
+from pictures import pyplot, save_picture
 
 import awq_onnx
 from awq_onnx.calibrate import data
@@ -449,8 +450,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     shown = [one for one in points if one.part == FRONT and one.at()]
     if not shown:
         sys.exit("front.py: nothing to plot: there is no point of the whole model")
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 6), layout="constrained")
     curve = curve_of(shown)
     if curve:
         axes.plot(*zip(*curve, strict=True), "C3-", marker="o", markersize=6, linewidth=2.5, label=OURS, zorder=3)
@@ -458,8 +458,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     for tool, style in zip(others, cycle(STYLES), strict=False):
         _scatter(axes, others[tool], tool, *style)
     _label(axes)
-    plt.rcParams["svg.hashsalt"] = "awq-onnx"  # the same figures, the same bytes
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_picture(figure, path)
 
 
 def tools_of(points: Sequence[Point]) -> list[str]:

@@ -88,11 +88,10 @@ def measure(model: Path, quantized: Path, ids: NDArray[np.int64]) -> Measured:
     return Measured(np.array(losses, np.float64), whole, size_bytes(quantized))
 
 
-def ratio_with_error(ours: Measured, theirs: Measured) -> tuple[float, float]:
-    """Ratio of the mean losses and its standard error, by the bootstrap over windows."""
-    a, b = ours.losses, theirs.losses
-    picks = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
-    return float(a.mean() / b.mean()), float((a[picks].mean(axis=1) / b[picks].mean(axis=1)).std())
+def ratio_with_error(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> tuple[float, float]:
+    """Ratio of the mean losses of windows and its standard error, by the bootstrap over windows."""
+    picks = np.random.default_rng(0).integers(0, len(ours), (2000, len(ours)))
+    return float(ours.mean() / theirs.mean()), float((ours[picks].mean(axis=1) / theirs[picks].mean(axis=1)).std())
 
 
 def row(name: str, one: Measured, ratio: str, seconds: str) -> str:
@@ -130,7 +129,7 @@ def rows(name: str, windows: int, block_sizes: Sequence[int], qualities: Sequenc
                         yield row(of.format("ORT RTN"), theirs[level], "-", "-")
                     with_accuracy_level(output, output, level)
                     ours = measure(model, output, ids)
-                    ratio, error = ratio_with_error(ours, theirs[level])
+                    ratio, error = ratio_with_error(ours.losses, theirs[level].losses)
                     yield row(of.format(variant), ours, f"{ratio:.3f} +-{error:.3f}", f"{seconds:.0f}")
                     perplexity = ours.comparison.perplexity_original
     if perplexity is not None:

@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import pyplot, size_bytes
+from common import size_bytes
+from pictures import pyplot, save_picture
 from random_llama import DTYPES, POSITIONS, SHAPES, Shape, build
 from watching import Cost, watched
 
@@ -234,8 +235,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     over_sizes = sorted((run for run in runs if not run.of_layers), key=lambda run: run.parameters)
     if not over_sizes:
         sys.exit("scale.py: nothing to plot: there is no run over sizes")
-    plt = pyplot()
-    figure, (memory, minutes) = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+    figure, (memory, minutes) = pyplot().subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     every = list(dict.fromkeys(run.settings for run in over_sizes))
     for settings, style in zip(every, cycle(["-", "--", ":", "-."])):
         chosen = [run for run in over_sizes if run.settings == settings]
@@ -250,8 +250,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     _label(memory, over_sizes, "memory, GB")
     _label(minutes, over_sizes, "time, minutes")
     figure.suptitle(", ".join(one for one in every[0] if all(one in other for other in every)), fontsize="small")
-    plt.rcParams["svg.hashsalt"] = "awq-onnx"  # the same figures, the same bytes
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_picture(figure, path)
 
 
 def _apart(settings: Sequence[str], every: Sequence[Sequence[str]]) -> str:
