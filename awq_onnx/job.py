@@ -45,7 +45,7 @@ class Traced:
     maps: Mapping[Group, ChannelMap | Refusal]
 
 
-def submit(workers: Workers, group: Group, work: Callable[[Spread], Result], *, alone: bool = False) -> Future[Result]:
-    """Let workers search a group, with the memory that this takes. alone: now, with all cores."""
-    size_bytes, piece_bytes = groups.memory_bytes(group), groups.strip_bytes(group)
-    return workers.submit(size_bytes, work, piece_bytes=piece_bytes, alone=alone, large=group.K > LARGE)
+def submit(workers: Workers, group: Group, work: Callable[[Spread], Result], *, drifts: bool = False) -> Future[Result]:
+    """Let workers search a group, with the memory that this takes. drifts: its inputs do, and the next part waits."""
+    size_bytes, piece_bytes = groups.memory_bytes(group, drifts=drifts), groups.strip_bytes(group)
+    return workers.submit(size_bytes, work, piece_bytes=piece_bytes, alone=drifts, large=group.K > LARGE)

@@ -52,7 +52,7 @@ class Partwise:
         entries = {group: f"{GROUP} {number}" for number, group in enumerate(self.plan)}
         finished = {group for group, entry in entries.items() if entry in files.done}
         names = rewrite.weight_names([site for group in self.plan for site in group.sites])
-        follows = methods.makes_up_for_drift(job.recipe) and not data.random
+        drifts = methods.makes_up_for_drift(job.recipe) and not data.random
         share = (1 - FORWARD) / max(len(entries) - len(finished), 1)
 
         def write(*, wait: bool) -> None:
@@ -82,12 +82,12 @@ class Partwise:
                 saved=self._saved(len(data.feeds) + len(data.held_out)),
                 spread=workers.spread,
                 device=job.device,
-                stand_ins=finished_layers if follows else None,
+                stand_ins=finished_layers if drifts else None,
             )
             last_saved = time.monotonic()
             for known in run.run(make_room=workers.make_room, advance=lambda part: advance(FORWARD * part)):
                 while known:
-                    self._search(*known.pop(0), workers, data.random, alone=follows)
+                    self._search(*known.pop(0), workers, data.random, drifts=drifts)
                     write(wait=False)
                 job.opened.let_go()
                 if time.monotonic() - last_saved > SAVE_EVERY_SECONDS and run.can_be_saved:
@@ -97,8 +97,7 @@ class Partwise:
             write(wait=True)
         return [self._result(group, entry, names) for group, entry in entries.items()], run.measured
 
-    def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool, *, alone: bool) -> None:
-        """alone: the next part waits for it."""
+    def _search(self, group: Group, statistics: Statistics, workers: Workers, random: bool, *, drifts: bool) -> None:
         channels, job = self.traced.maps.get(group), self.job
         formats = {site: self.formats[site] for site in group.sites}
 
@@ -115,7 +114,7 @@ class Partwise:
                 device=job.device,
             )
 
-        self._searched.append((group, submit(workers, group, work, alone=alone)))
+        self._searched.append((group, submit(workers, group, work, drifts=drifts)))
 
     def _result(self, group: Group, entry: str, names: Mapping[Site, str]) -> GroupResult:
         files = self.job.files

@@ -11,7 +11,7 @@ Shapes: K in, N out, G blocks of b; weights are (K, N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,22 +119,27 @@ def _round_weights(readers: Sequence[Reader], scale: Float32, how: Rounding, spr
     rounded: dict[int, Rounded] = {}
     for statistics in {id(reader.statistics): reader.statistics for reader in readers}.values():
         compensation = compensate.find(statistics, scale, random=how.random) if how.compensate else None
-        for at, reader in enumerate(readers):
-            if reader.statistics is statistics:
-                rounded[at] = _round_weight(reader, scale, how.ranges, compensation, spread)
+        own = {at: reader for at, reader in enumerate(readers) if reader.statistics is statistics}
+        rounded.update(zip(own, _round_readers(list(own.values()), scale, how, compensation, spread), strict=True))
     return [rounded[at] for at in range(len(readers))]
 
 
-def _round_weight(
-    reader: Reader, scale: Float32, ranges: str, compensation: Compensation | None, spread: Spread
-) -> Rounded:
-    _ = reader.emphasis  # once, before threads ask for it
-    grids_of = _Grids(ranges, reader.statistics, scale, reader.fmt, compensated=compensation is not None)
+def _round_readers(
+    readers: Sequence[Reader], scale: Float32, how: Rounding, compensation: Compensation | None, spread: Spread
+) -> Iterator[Rounded]:
+    """Of one input."""
+    _ = [reader.emphasis for reader in readers]  # once, before threads ask for it
+    compensated = compensation is not None
+    grids_of = [_Grids(how.ranges, one.statistics, scale, one.fmt, compensated=compensated) for one in readers]
+    pieces = [(at, strip) for at, reader in enumerate(readers) for strip in slices(reader.N, STRIP)]
 
-    def work(strip: slice) -> Rounded:
-        return _round_strip(reader, strip, scale, grids_of, compensation)
+    def work(piece: tuple[int, slice]) -> Rounded:
+        at, strip = piece
+        return _round_strip(readers[at], strip, scale, grids_of[at], compensation)
 
-    return Rounded.joined(list(spread(work, slices(reader.N, STRIP))))
+    made = list(spread(work, pieces))
+    for at in range(len(readers)):
+        yield Rounded.joined([one for (of, _), one in zip(pieces, made, strict=True) if of == at])
 
 
 def _round_strip(

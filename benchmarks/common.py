@@ -78,6 +78,13 @@ def other_text() -> str:
     return "\n\n".join(text for text in documented if isinstance(text, str))
 
 
+def legal_text() -> str:
+    """The licences of what is in onnxruntime: English far from any documentation."""
+    import onnxruntime
+
+    return (Path(onnxruntime.__file__).parent / "ThirdPartyNotices.txt").read_text(errors="replace")
+
+
 def ort_rtn(model: Path, output: Path, block_size: int, accuracy_level: int, kept: Collection[str]) -> Path:
     """onnxruntime's own round-to-nearest, asymmetric, on all constant MatMuls but those `kept`, by node name.
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from common import held_out_text, size_bytes, trained_model
+from common import held_out_text, legal_text, size_bytes, trained_model
 from methods_page import WINDOWS, write_page
 from numpy.typing import NDArray
 from others import calibration_ids
@@ -40,6 +40,7 @@ from variants import (
     FP32_MODEL,
     ITSELF,
     LENGTH,
+    LICENCES,
     OTHER,
     OWN,
     PROSE,
@@ -114,6 +115,8 @@ class Texts:
             return None
         if text == OTHER:
             return calibration_ids(self.model, rows, LENGTH)
+        if text == LICENCES:
+            return calibration_ids(self.model, rows, LENGTH, legal_text())
         if text == PROSE:
             return prose.windows(self.model, None, None, rows, LENGTH)
         if text == RANDOM:

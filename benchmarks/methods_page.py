@@ -86,9 +86,9 @@ apart, and where that does not help, or there is nothing to keep apart, the laye
 
 TEXT_TEXT = """
 The default calibrates on text that the model wrote itself. Here it is given that, or as many sequences of something
-else. numpy's documentation is akin to what is measured on, CPython's; the prose that comes with awq-onnx is of many
-kinds (news, letters, recipes, a little code). {random}The difference from self-written text is taken window by
-window:
+else. numpy's documentation is akin to what is measured on, CPython's; the licences of the packages in onnxruntime are
+not, nor is the prose that comes with awq-onnx, which is of many kinds (news, letters, recipes, a little code).
+{random}The difference from self-written text is taken window by window:
 """
 
 RANDOM_TEXT = "Random token ids are given as data: the command does not know that they are noise. "

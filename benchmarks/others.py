@@ -147,11 +147,12 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
 
 
-def calibration_ids(model: Path, samples: int, length: int) -> NDArray[np.int64]:
-    """Token ids (samples, length) of numpy's documentation, evenly spread over it."""
+def calibration_ids(model: Path, samples: int, length: int, text: str | None = None) -> NDArray[np.int64]:
+    """Token ids (samples, length) of a text, evenly spread over it; numpy's documentation where none is given."""
     from tokenizers import Tokenizer
 
-    ids = Tokenizer.from_file(str(model.with_name("tokenizer.json"))).encode(other_text(), add_special_tokens=False).ids
+    tokenizer = Tokenizer.from_file(str(model.with_name("tokenizer.json")))
+    ids = tokenizer.encode(text or other_text(), add_special_tokens=False).ids
     if samples * length > len(ids):
         sys.exit(f"the text has {len(ids)} tokens, {samples} windows of {length} overlap: take fewer or shorter ones")
     starts = np.linspace(0, len(ids) - length, samples).astype(int)

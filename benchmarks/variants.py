@@ -13,6 +13,7 @@ Found: TypeAlias = dict[str, dict[str, Any]]  # what was measured, by the key of
 METHODS, SALIENT, TOKENS, TEXT, FP16 = SECTIONS = ("methods", "salient", "tokens", "text", "fp16")
 OWN, OTHER, RANDOM, ITSELF = "own text", "numpy's documentation", "random tokens", "nothing given"
 PROSE = "the prose in awq-onnx"
+LICENCES = "licences"
 FP32_MODEL, FP16_MODEL = "smollm2", "smollm2-fp16"
 LENGTH = 256  # tokens in a sequence
 SAMPLES = 32
@@ -60,7 +61,7 @@ OVER_TOKENS = tuple(
     for samples in SAMPLE_COUNTS
     for method in ("awq", "gptq", "awq+gptq")
 )
-TEXTS = tuple(Variant({"method": "awq+gptq"}, text) for text in (OWN, OTHER, RANDOM))
+TEXTS = tuple(Variant({"method": "awq+gptq"}, text) for text in (OWN, LICENCES, OTHER, RANDOM))
 FEWER_TEXTS = tuple(Variant({"method": "awq+gptq"}, text, PROSE_SAMPLES) for text in (OWN, OTHER, PROSE))
 HALVES = tuple(replace(one, model=FP16_MODEL) for one in (ROUND_TO_NEAREST, BOTH))
 
