@@ -50,6 +50,32 @@ class Part(Piece):
     share: float = 0.0
 
 
+@dataclass(frozen=True)
+class Order:
+    """Where layers can be replaced by quantised ones, wherever else the graph is cut.
+
+    firsts: what the first layer of each group makes. replaceable: what layers make whose group is known before the
+    last of `firsts` that is not after them.
+    """
+
+    firsts: frozenset[str]
+    replaceable: frozenset[str]
+
+    @classmethod
+    def of(cls, graph: ir.Graph, groups: Sequence[Group]) -> Order:
+        made_at = {value.name or "": at for at, node in enumerate(graph) for value in node.outputs}
+        made = {group: [n for site in group.sites if (n := site.output.name or "") in made_at] for group in groups}
+        firsts = {min(names, key=made_at.__getitem__) for names in made.values() if names}
+        starts = sorted(made_at[name] for name in firsts)
+
+        def start_before(name: str) -> int:
+            return starts[bisect_right(starts, made_at[name]) - 1]
+
+        known_at = {group: max(made_at.get(value.name or "", -1) for value in group.inputs) for group in groups}
+        replaceable = {n for group, names in made.items() for n in names if known_at[group] < start_before(n)}
+        return cls(frozenset(firsts), frozenset(replaceable))
+
+
 def cut(
     graph: ir.Graph,
     groups: Sequence[Group],
@@ -209,29 +235,3 @@ def _constant_nodes(values: Iterable[ir.Value]) -> list[ir.Node]:
 
 def _element_type(values: NDArray[np.generic]) -> int:
     return int(ir.DataType.from_numpy(values.dtype))
-
-
-@dataclass(frozen=True)
-class Order:
-    """Where layers can be replaced by quantised ones, wherever else the graph is cut.
-
-    firsts: what the first layer of each group makes. replaceable: what layers make whose group is known before the
-    last of `firsts` that is not after them.
-    """
-
-    firsts: frozenset[str]
-    replaceable: frozenset[str]
-
-    @classmethod
-    def of(cls, graph: ir.Graph, groups: Sequence[Group]) -> Order:
-        made_at = {value.name or "": at for at, node in enumerate(graph) for value in node.outputs}
-        made = {group: [n for site in group.sites if (n := site.output.name or "") in made_at] for group in groups}
-        firsts = {min(names, key=made_at.__getitem__) for names in made.values() if names}
-        starts = sorted(made_at[name] for name in firsts)
-
-        def start_before(name: str) -> int:
-            return starts[bisect_right(starts, made_at[name]) - 1]
-
-        known_at = {group: max(made_at.get(value.name or "", -1) for value in group.inputs) for group in groups}
-        replaceable = {n for group, names in made.items() for n in names if known_at[group] < start_before(n)}
-        return cls(frozenset(firsts), frozenset(replaceable))
