@@ -51,7 +51,7 @@ def measure(
     relative error. windows: to run the model on. Places in the bodies of other nodes are left out, and all where no
     output holds floats.
     """
-    windows = [in_float32(_shorter(window, wanted)) for window in windows]
+    windows = [in_float32(window) for window in windows]
     alive, losses = windows, {}
     fuse = may_be_copied(opened)
     for stage in _stages(opened.model.graph, places, stand_ins, outputs):
@@ -70,10 +70,13 @@ def measure(
     return losses
 
 
-def _shorter(window: Feed, wanted: Signature) -> Feed:
-    """The first tokens; all of them where some are padding."""
-    mask = window.get(wanted.text_mask)
-    return window if mask is not None and not mask.all() else shortened(window, wanted, TOKENS)
+def window_of(feeds: Sequence[Feed], wanted: Signature) -> Feed:
+    """What to measure on: the first tokens of the last feed where none of these is padding, else the whole last feed."""
+    for feed in reversed(feeds):
+        mask = feed.get(wanted.text_mask)
+        if mask is None or (mask.ndim == 2 and mask[:, :TOKENS].all()):
+            return shortened(feed, wanted, TOKENS)
+    return feeds[-1]
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def choose(
         traced.straight,
         [place for item in items for place in item.places],
         {site.output.name or "": tried.stand_in for site, tried in trials.items()},
-        data.feeds[-1:],  # not what the result will be measured with
+        [sensitivity.window_of(data.feeds, job.wanted)],  # not what the result will be measured with
         list(outputs),
         job.wanted,
         providers=job.device.providers,

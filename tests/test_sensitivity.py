@@ -108,6 +108,17 @@ def test_noise_costs_the_more_the_more_a_value_counts(tmp_path: Path) -> None:
     assert costs[places["/embed_tokens/Gather"]] > loud
 
 
+def test_what_is_measured_on_has_no_padding_and_is_no_longer_than_it_has_to_be(tmp_path: Path) -> None:
+    with open_model(save(tiny_decoder(), tmp_path / "model.onnx")) as opened:
+        wanted = signature(opened.model.graph)
+    ids, tokens = np.arange(1000).reshape(5, 2, 100) % 160, sensitivity.TOKENS
+    feeds = [complete(wanted, {"input_ids": one}) for one in ids]
+    feeds[4]["attention_mask"][1, tokens - 1 :] = 0
+    feeds[3]["attention_mask"][1, tokens:] = 0
+    np.testing.assert_array_equal(sensitivity.window_of(feeds, wanted)["input_ids"], ids[3, :, :tokens])
+    assert sensitivity.window_of(feeds[4:], wanted) is feeds[4]
+
+
 def test_a_place_that_no_node_makes_is_left_out(tmp_path: Path) -> None:
     model = save(tiny_decoder(), tmp_path / "model.onnx")
     assert measured(model, ["input_ids", "nothing"], {}) == {}
