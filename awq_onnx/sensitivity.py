@@ -71,7 +71,7 @@ def measure(
 
 
 def window_of(feeds: Sequence[Feed], wanted: Signature) -> Feed:
-    """What to measure on: the first tokens of the last feed where none of these is padding, else the whole last feed."""
+    """What to measure on: the first tokens of the last feed where none of these is padding, else all of the last."""
     for feed in reversed(feeds):
         mask = feed.get(wanted.text_mask)
         if mask is None or (mask.ndim == 2 and mask[:, :TOKENS].all()):
