@@ -49,6 +49,7 @@ MODELS = {
     "symmetric": (tiny_decoder, {"symmetric": True}),
     "the lm_head in 8 bits": (tiny_decoder, {"lm_head": "8"}),
     "a Mul where nothing absorbs": (tiny_decoder, {"allow_mul": True}),
+    "the best quality": (tiny_decoder, {"quality": "best"}),
 }
 
 
