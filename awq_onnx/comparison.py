@@ -249,6 +249,21 @@ def kl_divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDA
     return divergence
 
 
+def mean_kl(log_p: Rows, logits: Rows) -> float:
+    """The mean KL(p || q) in nats, from log-probabilities of p and logits of q (T, V): faster than `kl_divergence`,
+    with single precision in all but the sums.
+    """
+    total = 0.0
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        p, largest = np.exp(log_p[some]), logits[some].max(axis=1, keepdims=True)
+        log_sums = np.log(np.exp(logits[some] - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
+        with np.errstate(invalid="ignore"):  # -inf - -inf
+            terms = np.where(p > 0, p * (log_p[some] - logits[some]), 0)
+        total += float((terms.sum(axis=1, dtype=np.float64) + log_sums).sum())
+    return total / max(len(logits), 1)
+
+
 def log_softmax(logits: Rows) -> NDArray[np.float64]:
     """Of each row of logits (T, V)."""
     shifted = logits.astype(np.float64)

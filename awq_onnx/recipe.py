@@ -39,8 +39,9 @@ class Recipe:
 
     quality: str = _setting(
         DEFAULT,
-        "fast: few samples, and no error made up for; best: more samples, and each layer the bits and blocks that the "
-        "output wants, at the size of one format for all; takes several times as long",
+        "fast: few samples, and no error made up for; best: more samples, each layer the bits and blocks that the "
+        "output wants, at the size of one format for all, and weights that make up for the layers before them; takes "
+        "several times as long",
     )
     method: str = _setting(
         AWQ_GPTQ,

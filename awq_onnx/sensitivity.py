@@ -21,7 +21,7 @@ from awq_onnx.calibrate.feeds import Feed, Signature, shortened
 from awq_onnx.calibrate.maker import may_be_copied
 from awq_onnx.calibrate.parts import Piece, extract, needed, reads
 from awq_onnx.calibrate.segments import in_float32
-from awq_onnx.comparison import ROWS_AT_ONCE, Rows, log_softmax, real_rows
+from awq_onnx.comparison import Rows, log_softmax, mean_kl, real_rows
 from awq_onnx.passes import switch
 from awq_onnx.passes.switch import NOBODY, NOISE, StandIn
 from awq_onnx.progress import unheard
@@ -161,7 +161,7 @@ class _Judge:
         """With these outputs."""
         rows = self._rows(values)
         if self._are_logits(rows[0]):
-            return _divergence(self.expected[0], rows[0])
+            return mean_kl(self.expected[0], rows[0])
         both = [
             (one, other, np.isfinite(one) & np.isfinite(other)) for one, other in zip(self.expected, rows, strict=True)
         ]
@@ -175,16 +175,3 @@ class _Judge:
 
     def _are_logits(self, rows: Rows) -> bool:
         return self.wanted.logits is not None and rows.shape[1] > 1
-
-
-def _divergence(log_p: Rows, logits: Rows) -> float:
-    """The mean KL(p || q) of rows of logits of q (T, V), in nats. Sums are in double precision."""
-    total = 0.0
-    for start in range(0, len(logits), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        p, largest = np.exp(log_p[some]), logits[some].max(axis=1, keepdims=True)
-        log_sums = np.log(np.exp(logits[some] - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
-        with np.errstate(invalid="ignore"):  # -inf - -inf
-            terms = np.where(p > 0, p * (log_p[some] - logits[some]), 0)
-        total += float((terms.sum(axis=1, dtype=np.float64) + log_sums).sum())
-    return total / max(len(logits), 1)

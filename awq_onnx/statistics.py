@@ -163,12 +163,12 @@ def _principal(second_moment: Float32, rank: int) -> Float32:
 class Accumulator:
     """H = X'X, sum|x|, max|x| and the number of rows of one input with K channels; of X itself few rows are kept.
 
-    drifts: whether X'(Y - X) is summed too, Y being what X should be.
+    X'(Y - X) beside them where it is told what X should be, Y.
     """
 
-    def __init__(self, K: int, device: Device = PROCESSOR, *, drifts: bool = False) -> None:
+    def __init__(self, K: int, device: Device = PROCESSOR) -> None:
         self._device = device
-        self._drift = np.zeros((K, K), np.float32, like=device.like) if drifts else None
+        self._drift: Float32 | None = None
         self._validation_drift: list[Float32] = []
         self._second_moment = np.zeros((K, K), np.float32, like=device.like)
         self._sum = np.zeros(K, np.float64)
@@ -183,25 +183,27 @@ class Accumulator:
         """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count.
 
         validation_rows: if not 0, these rows are for validation, and at most so many of them count. wanted: what they
-        should be, (T, K), where drifts are summed.
+        should be, (T, K): in every update or in none.
         """
         x = self._device.put(np.ascontiguousarray(rows, dtype=np.float32))
         away = None if wanted is None else self._device.put(np.ascontiguousarray(wanted, dtype=np.float32)) - x
-        largest = _largest(x if away is None else x + away)
-        if not np.isfinite(largest).all():  # an overflow, or padding: such a row would spoil every sum
+        largest = _largest(x)
+        every = [largest] if away is None else [largest, _largest(away)]
+        if not np.isfinite(every).all():  # an overflow, or padding: such a row would spoil every sum
             self.spoiled_rows += len(x)
             finite = np.isfinite(x if away is None else x + away).all(axis=1)
             x, away = x[finite], None if away is None else away[finite]
             self.spoiled_rows -= len(x)
-        np.maximum(self._max, _largest(x), out=self._max)
+            largest = _largest(x)
+        np.maximum(self._max, largest, out=self._max)
         if validation_rows:
             some = slice(None, None, -(-len(x) // validation_rows) or 1)
             x, away = x[some].copy(), None if away is None else away[some].copy()
             self._validation += [x] if len(x) else []
             self._validation_drift += [away] if away is not None and len(away) else []
         add_gram(self._second_moment, x)
-        if self._drift is not None and away is not None:
-            self._drift += x.T @ away
+        if away is not None:
+            self._drift = x.T @ away if self._drift is None else np.add(self._drift, x.T @ away, out=self._drift)
         self._sum += in_memory(np.abs(x).sum(axis=0))
         self._tokens += len(x)
 

@@ -105,9 +105,9 @@ class Workers:
         """Run a job that takes so much memory, in a thread; one that leaves no room for another at once and alone.
 
         The job is given a map: in a thread of its own it has nobody to share with, alone it has all the others, as many
-        as there is memory for. piece_bytes: what one call of the map takes. large: its matrices are, so that it runs
-        alone, one piece after the other, and BLAS has all threads. (That may change a last bit: it must not depend on
-        the budget.)
+        as there is memory for. piece_bytes: what one call of the map takes. alone: at once, whatever room there is.
+        large: its matrices are, so that it runs alone, one piece after the other, and BLAS has all threads. (That may
+        change a last bit: it must not depend on the budget.)
         """
         if not (large or alone) and 2 * size_bytes <= self._budget_bytes:
             self.make_room(size_bytes)

@@ -204,22 +204,23 @@ def run_onnxruntime(
     *,
     method: str,
     block_size: int,
-    bits: int = 4,
+    windows: int | None = None,
     whole: bool = False,
     gather: int = 0,
     eight_bits: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """gather: block size of the embedding, 0 to leave it. eight_bits: of k_quant, layers by name."""
+    """gather: block size of the embedding, 0 to leave it. eight_bits: of k_quant, layers by name. windows: to calibrate
+    on, where not all.
+    """
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
     source, kept = onnx.load(model), [] if whole else [LM_HEAD]
     own: dict[str, Any] = {name: {"bits": 8} for name in eight_bits}
     config = {
-        "rtn": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False, bits=bits),
-        "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits),
+        "rtn": lambda: nbits.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=False),
+        "hqq": lambda: nbits.HQQWeightOnlyQuantConfig(block_size=block_size),
         "k_quant": lambda: nbits.KQuantWeightOnlyQuantConfig(customized_weight_config=own),
-        "inc_rtn": lambda: nbits.RTNWeightOnlyQuantConfig(),
-        "gptq": lambda: nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=inputs_of(source.graph, ids)),
+        "gptq": lambda: nbits.GPTQWeightOnlyQuantConfig(calibration_data_reader=inputs_of(source.graph, ids[:windows])),
     }[method]()
     made = _nbits(nbits, source, config, block_size, kept)
     if not gather:

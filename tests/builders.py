@@ -21,6 +21,7 @@ from awq_onnx import codec
 from awq_onnx.codec import Format
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.sites import survey
+from awq_onnx.passes.switch import INPUTS, StandIn
 from awq_onnx.search import Reader
 from awq_onnx.statistics import InputStatistics
 from awq_onnx.store import OpenedModel, open_model
@@ -342,6 +343,24 @@ def run(model: onnx.ModelProto | Path, feed: dict[str, Array]) -> dict[str, Arra
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feed), strict=True))
+
+
+def stand_ins_of(model: Path, factor: float = 1) -> dict[str, StandIn]:
+    """The layers of a quantised model, by what they make. factor: of the weights, and of the input its inverse."""
+    loaded = onnx.load(model)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
+    found = {}
+    for number, node in enumerate(loaded.graph.node):
+        if node.op_type == "MatMulNBits":
+            arrays = {what: tensors[name] for what, name in zip(INPUTS, node.input[1:], strict=False)}
+            sizes = {one.name: one.i for one in node.attribute}
+            arrays["scales"] = factor * arrays["scales"]
+            arrays["inverse"] = np.full(sizes["K"], 1 / factor, np.float32)
+            path = model.with_name(f"{number}-{factor}.npz")
+            np.savez(path, **arrays)  # type: ignore[arg-type]
+            numbers = (sizes[name] for name in ("K", "N", "bits", "block_size"))
+            found[node.output[0]] = StandIn(node.input[0], path, *numbers)
+    return found
 
 
 def decoder_feed(model: onnx.ModelProto, ids: Array) -> dict[str, Array]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import save, tiny_decoder
+from builders import save, stand_ins_of, tiny_decoder
 from onnx import numpy_helper
 from test_methods import IDS
 
@@ -16,7 +16,7 @@ import awq_onnx
 from awq_onnx import Recipe, sensitivity
 from awq_onnx.calibrate.feeds import Feed, complete, signature
 from awq_onnx.calibrate.parts import Piece
-from awq_onnx.passes.switch import INPUTS, StandIn
+from awq_onnx.passes.switch import StandIn
 from awq_onnx.store import open_model
 
 
@@ -25,24 +25,6 @@ def measured(model: Path, places: list[str], stand_ins: dict[str, StandIn]) -> d
         wanted = signature(opened.model.graph)
         windows = [complete(wanted, {"input_ids": one[None]}) for one in IDS]
         return sensitivity.measure(opened, places, stand_ins, windows, ["logits"], wanted)
-
-
-def stand_ins_of(model: Path, factor: float = 1) -> dict[str, StandIn]:
-    """The layers of a quantised model, by what they make. factor: of the weights, and of the input its inverse."""
-    loaded = onnx.load(model)
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
-    found = {}
-    for number, node in enumerate(loaded.graph.node):
-        if node.op_type == "MatMulNBits":
-            arrays = {what: tensors[name] for what, name in zip(INPUTS, node.input[1:], strict=False)}
-            sizes = {one.name: one.i for one in node.attribute}
-            arrays["scales"] = factor * arrays["scales"]
-            arrays["inverse"] = np.full(sizes["K"], 1 / factor, np.float32)
-            path = model.with_name(f"{number}-{factor}.npz")
-            np.savez(path, **arrays)  # type: ignore[arg-type]
-            numbers = (sizes[name] for name in ("K", "N", "bits", "block_size"))
-            found[node.output[0]] = StandIn(node.input[0], path, *numbers)
-    return found
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -376,7 +376,7 @@ def test_means_of_parts_that_saw_nothing_count_the_same() -> None:
 
 def with_drift(*updates: tuple[Array, Array, int]) -> InputStatistics:
     """The statistics of updates (rows, what they should be, validation_rows)."""
-    accumulator = Accumulator(updates[0][0].shape[1], drifts=True)
+    accumulator = Accumulator(updates[0][0].shape[1])
     for rows, wanted, validation_rows in updates:
         accumulator.update(rows, validation_rows, wanted)
     return accumulator.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,8 +14,9 @@ from builders import save, tiny_decoder, tiny_encoder
 from test_methods import IDS, distance, nodes
 
 import awq_onnx
-from awq_onnx import Recipe, Report, errors, targets
+from awq_onnx import Recipe, Report, drift, errors, targets
 from awq_onnx.partwise import Partwise
+from awq_onnx.search import Reader
 
 
 def quantized(folder: Path, model: onnx.ModelProto | None = None, **settings: Any) -> tuple[Report, Path]:
@@ -106,6 +108,30 @@ def test_the_best_quality_is_closer_at_the_size_of_one_format_for_all(tmp_path: 
     assert best_bits <= plain_bits
     assert best_nodes == plain_nodes
     assert best < 0.9 * plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quality": "best"}, True),
+        ({}, False),
+        ({"quality": "best", "method": "awq"}, False),
+        ({"target_bits": 5}, False),
+    ],
+)
+def test_layers_make_up_for_those_before_with_the_best_quality_and_the_default_method_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: bool
+) -> None:
+    drifting: list[bool] = []
+    original = drift.corrected
+
+    def watched(readers: Sequence[Reader]) -> list[Reader]:
+        drifting.extend(reader.statistics.drift is not None for reader in readers)
+        return original(readers)
+
+    monkeypatch.setattr(drift, "corrected", watched)
+    quantized(tmp_path, **settings)
+    assert any(drifting) == expected
 
 
 def test_an_interrupted_run_goes_on_with_the_formats_it_has_chosen(

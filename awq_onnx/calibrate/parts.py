@@ -58,8 +58,8 @@ class Order:
     last of `firsts` that is not after them.
     """
 
-    firsts: frozenset[str]
-    replaceable: frozenset[str]
+    firsts: frozenset[str] = frozenset()
+    replaceable: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, graph: ir.Graph, groups: Sequence[Group]) -> Order:

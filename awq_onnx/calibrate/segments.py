@@ -108,11 +108,10 @@ class Segments:
         share_bytes = budget_bytes // SHARE
         self._end = saved.end if saved else 0
         self._stand_ins = stand_ins
-        order = Order.of(opened.model.graph, groups)
-        self._replaceable = order.replaceable if stand_ins else frozenset[str]()
-        before = order.firsts if stand_ins else ()
+        order = Order() if stand_ins is None else Order.of(opened.model.graph, groups)
+        self._replaceable = order.replaceable
         part_bytes = min(PART_BYTES, share_bytes)
-        self.parts = cut(opened.model.graph, groups, part_bytes, data.outputs, self._end, before)
+        self.parts = cut(opened.model.graph, groups, part_bytes, data.outputs, self._end, order.firsts)
         self._known: dict[Group, dict[str, InputStatistics]] = {group: {} for group in self._groups}
         feeds = [*data.feeds, *data.measured] if saved is None else saved.feeds
         self._shelf = Shelf(folder, share_bytes, map(in_float32, feeds))
@@ -172,8 +171,8 @@ class Segments:
     ) -> dict[str, InputStatistics]:
         session = shadow = None
         stand_ins = self._stand_ins_in(part)
-        drifts = bool(stand_ins) or self._has_shadow(part.reads)
-        sums = {name: Accumulator(K, self._device, drifts=drifts) for name, K in part.taps.items() if name in wanted}
+        twice = bool(stand_ins) or self._has_shadow(part.reads)
+        sums = {name: Accumulator(K, self._device) for name, K in part.taps.items() if name in wanted}
         share = part.share / (sum(one.share for one in self.parts) or 1) / len(self._shelf.feeds)
         for position, alive in enumerate(self._shelf.feeds):
             if part.tail and position < self._summed:
@@ -184,7 +183,7 @@ class Segments:
                 session = self._session(part, alive)
             made = _made(session, part, alive)
             if position < self._summed:
-                if drifts:
+                if twice:
                     shadow = shadow or self._session(part, alive, stand_ins)
                     made |= {SHADOW + name: one for name, one in _made(shadow, part, _in_shadow(alive)).items()}
                 self._add(sums, {**alive, **made}, self._apart.get(position, 0))

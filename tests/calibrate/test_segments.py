@@ -21,10 +21,10 @@ from builders import (
     opened_with_groups,
     run,
     save,
+    stand_ins_of,
     tiny_decoder,
     two_linears,
 )
-from test_sensitivity import stand_ins_of
 
 from awq_onnx import Recipe, quantize, runtime
 from awq_onnx.calibrate import segments
@@ -599,6 +599,10 @@ def test_what_reaches_a_layer_is_what_the_layers_before_make_once_they_are_round
         x, y = rows_of(rounded[name]), rows_of(original[name])
         assert not np.allclose(x, y, atol=1e-3)
         np.testing.assert_allclose(found[name].act_max, np.abs(x).max(axis=0), rtol=1e-2, atol=1e-3)
+        assert found[name].tokens == len(x)
+        np.testing.assert_allclose(
+            found[name].drift, x.T @ (y - x) / len(x), rtol=1e-2, atol=1e-3 * np.square(x).mean()
+        )
         assert found[name].validation_drift is not None
 
 

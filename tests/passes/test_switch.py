@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from builders import decoder_feed, run, save, tiny_decoder
+from builders import decoder_feed, run, save, stand_ins_of, tiny_decoder
 from test_methods import IDS
-from test_sensitivity import stand_ins_of
 
 import awq_onnx
 from awq_onnx import Recipe
