@@ -26,8 +26,8 @@ measured on. others.py tells how each is called; what was measured is kept in th
 (--again: anew). A tool that takes longer than 15 minutes is stopped. Seconds are of its whole process, on a machine
 that need not be idle; for times see rivals.py.
 
-onnxruntime's GPTQ gets one of the windows: it reads the half of a triangular matrix that is zero, so that no error is made
-up for, whatever it is calibrated with. Beside its RTN it shows what that comes to.
+onnxruntime's GPTQ gets one of the windows: it reads the half of a triangular matrix that is zero, so that no error is
+made up for, whatever it is calibrated with. Beside its RTN it shows what that comes to.
 
 All of it takes hours of two cores; a second run only what awq-onnx takes.
 """
