@@ -21,39 +21,53 @@ import numpy as np
 
 from awq_onnx.arrays import in_memory
 from awq_onnx.codec import Float32
-from awq_onnx.search import Reader, slices
+from awq_onnx.search import SLICE, Reader, slices
 from awq_onnx.statistics import InputStatistics
+from awq_onnx.threads import Spread, one_by_one
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)  # of the diagonal of H
 WORTH_IT = 0.99  # of the squared error of the output on held-out rows
-STRIP = 1024  # columns worked on at once
+JUDGES = 256  # held-out rows that decide; more of a sequence tell little that these do not
+STRIP = 256  # columns worked on at once, or K / 4 where that is more: every strip factors a matrix anew
 
 
-def corrected(readers: Sequence[Reader]) -> list[Reader]:
-    """The readers of weights, those with an input that drifts with weights that make up for it, where that helps."""
+def corrected(readers: Sequence[Reader], spread: Spread = one_by_one) -> list[Reader]:
+    """The readers of weights, those with an input that drifts with weights that make up for it, where that helps.
+
+    spread: a map for pieces of work.
+    """
     changed = list(readers)
     for statistics in {id(reader.statistics): reader.statistics for reader in readers}.values():
         own = [at for at, reader in enumerate(readers) if reader.statistics is statistics]
-        ridge = _best_ridge(statistics, [readers[at] for at in own])
+        ridge = _best_ridge(statistics, [readers[at] for at in own], spread)
         if ridge is not None:
             for at in own:
-                changed[at] = _corrected(readers[at], ridge)
+                changed[at] = _corrected(readers[at], ridge, spread)
     return changed
 
 
-def _best_ridge(statistics: InputStatistics, readers: Sequence[Reader]) -> float | None:
+def piece_bytes(K: int) -> int:
+    """What one piece of the work takes: a matrix to solve with, and its factor."""
+    return 2 * 4 * K * K
+
+
+def _best_ridge(statistics: InputStatistics, readers: Sequence[Reader], spread: Spread) -> float | None:
     """None where nothing helps, or nothing tells."""
     rows, away, drift = statistics.validation, statistics.validation_drift, statistics.drift
     if rows is None or away is None or drift is None or not 0 < len(rows) < statistics.tokens:
         return None
     second_moment = _without(statistics.second_moment, statistics.tokens, rows, rows)
     others = _without(drift, statistics.tokens, rows, away)
-    left = {0.0: away}  # of the drift, by the ridge
-    for ridge in RIDGES:
-        left[ridge] = away - _solved(_ridged(second_moment, ridge), rows.T).T @ others
-    lost = {ridge: _energy(one, readers) for ridge, one in left.items()}
-    best = min(lost, key=lost.__getitem__)
-    return best if lost[best] < WORTH_IT * lost[0.0] else None
+    some = slice(None, None, -(-len(rows) // JUDGES))
+    rows, away = rows[some], away[some]
+
+    def lost(ridge: float) -> float:
+        """What is left of the drift."""
+        return _energy(away - _solved(_ridged(second_moment, ridge), rows.T).T @ others, readers)
+
+    before, losses = _energy(away, readers), list(spread(lost, RIDGES))
+    best = int(np.argmin(losses))
+    return RIDGES[best] if losses[best] < WORTH_IT * before else None
 
 
 def _without(mean: Float32, tokens: int, rows: Float32, others: Float32) -> Float32:
@@ -69,7 +83,7 @@ def _energy(rows: Float32, readers: Sequence[Reader]) -> float:
     return sum(
         float(np.square(in_memory(rows @ reader.columns(some)), dtype=np.float64).sum())
         for reader in readers
-        for some in slices(reader.N, STRIP)
+        for some in slices(reader.N, SLICE)
     )
 
 
@@ -86,11 +100,15 @@ def _solved(matrix: Float32, columns: Float32) -> Float32:
     return solved
 
 
-def _corrected(reader: Reader, ridge: float) -> Reader:
-    statistics = reader.statistics
-    assert statistics.drift is not None
-    ridged, weight = _ridged(statistics.second_moment, ridge), np.empty((reader.K, reader.N), np.float32)
-    for some in slices(reader.N, STRIP):
+def _corrected(reader: Reader, ridge: float, spread: Spread) -> Reader:
+    drift, weight = reader.statistics.drift, np.empty((reader.K, reader.N), np.float32)
+    assert drift is not None
+    ridged = _ridged(reader.statistics.second_moment, ridge)
+
+    def work(some: slice) -> None:
         own = reader.columns(some)
-        weight[:, some] = in_memory(own + _solved(ridged, statistics.drift @ own))
+        weight[:, some] = in_memory(own + _solved(ridged, drift @ own))
+
+    for _ in spread(work, slices(reader.N, max(STRIP, reader.K // 4))):
+        pass
     return replace(reader, weight=weight, factor=1.0)

@@ -96,20 +96,21 @@ class Found:
     multiplied: bool
 
 
-def memory_bytes(group: Group, *, drifts: bool = False) -> int:
-    """About what `search_group` takes at its peak: H of every input and of all, a factor, a strip, what is rounded.
-
-    drifts: whether inputs do, see `awq_onnx.drift`: as many matrices again, one to solve with, and weights.
-    """
+def memory_bytes(group: Group) -> int:
+    """About what `search_group` takes at its peak: H of every input and of all, a factor, a strip, what is rounded."""
     inputs = len({value.name for value in group.inputs})
     columns = sum(site.N for site in group.sites)
     rounded = columns + max(site.N for site in group.sites)  # one is joined of its strips
     moments = 4 * group.K**2 * (1 + inputs + (inputs > 1))
-    corrected = moments + 4 * group.K * columns if drifts else 0
-    return moments + corrected + strip_bytes(group) + int(ROUNDED_BYTES * group.K * rounded)
+    return moments + _strip_bytes(group) + int(ROUNDED_BYTES * group.K * rounded)
 
 
-def strip_bytes(group: Group) -> int:
+def piece_bytes(group: Group, *, drifts: bool) -> int:
+    """About what one call of the map takes that `search_group` is given. drifts: whether inputs do."""
+    return max(_strip_bytes(group), drift.piece_bytes(group.K) if drifts else 0)
+
+
+def _strip_bytes(group: Group) -> int:
     """About what rounding a strip of columns takes."""
     return 4 * group.K * STRIPS * min(rounding.STRIP, max(site.N for site in group.sites))
 
@@ -151,7 +152,7 @@ def search_group(
     random: on noise. spread: a map for pieces of work. device: where the statistics are.
     """
     layers = layers_of(group)
-    seen, readers = _readers(layers, statistics, formats, opened, device)
+    seen, readers = _readers(layers, statistics, formats, opened, device, spread)
     absorbers = absorbers_of(group, channels, bool(seen))
     choice = _choice(group, channels, seen, readers, recipe, opened, spread)
     how = methods.rounding_of(recipe, random=random)
@@ -203,7 +204,7 @@ def try_group(
     """
     layers = layers_of(group)
     first = {site: some[0] for site, some in formats.items()}
-    seen, readers = _readers(layers, statistics, first, opened, device)
+    seen, readers = _readers(layers, statistics, first, opened, device, spread)
     choice = _choice(group, channels, seen, readers, recipe, opened, spread)
     folded = not isinstance(absorbers_of(group, channels, bool(seen)), Refusal)
     how = methods.rounding_of(recipe, random=random)
@@ -221,6 +222,7 @@ def _readers(
     formats: Mapping[Site, Format],
     opened: OpenedModel,
     device: Device,
+    spread: Spread,
 ) -> tuple[dict[str, InputStatistics], list[Reader]]:
     """The statistics of inputs that calibration has run; each weight with those of its own."""
     seen = {name: one for name, one in statistics.items() if one.tokens}
@@ -228,7 +230,7 @@ def _readers(
     readers = [_reader(sites[0], _statistics_of(sites, seen, pooled), formats[sites[0]], opened) for sites in layers]
     if any(embedding.lookups(site) for sites in layers for site in sites):
         return seen, readers  # a table says what tokens are
-    return seen, drift.corrected(readers)
+    return seen, drift.corrected(readers, spread)
 
 
 def _choice(

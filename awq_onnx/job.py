@@ -47,5 +47,5 @@ class Traced:
 
 def submit(workers: Workers, group: Group, work: Callable[[Spread], Result], *, drifts: bool = False) -> Future[Result]:
     """Let workers search a group, with the memory that this takes. drifts: its inputs do, and the next part waits."""
-    size_bytes, piece_bytes = groups.memory_bytes(group, drifts=drifts), groups.strip_bytes(group)
+    size_bytes, piece_bytes = groups.memory_bytes(group), groups.piece_bytes(group, drifts=drifts)
     return workers.submit(size_bytes, work, piece_bytes=piece_bytes, alone=drifts, large=group.K > LARGE)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from awq_onnx.arrays import beside, in_memory
 from awq_onnx.codec import Float32
 from awq_onnx.device import PROCESSOR, Device
-from awq_onnx.symmetric import add_gram, mirror, quadratic, runs
+from awq_onnx.symmetric import add_gram, add_product, mirror, quadratic, runs
+from awq_onnx.threads import Spread, one_by_one
 
 IntArray = NDArray[np.int64]
 
@@ -178,12 +179,16 @@ class Accumulator:
         self.spoiled_rows = 0  # left out, for NaN or Inf
 
     def update(
-        self, rows: NDArray[np.generic], validation_rows: int = 0, wanted: NDArray[np.generic] | None = None
+        self,
+        rows: NDArray[np.generic],
+        validation_rows: int = 0,
+        wanted: NDArray[np.generic] | None = None,
+        spread: Spread = one_by_one,
     ) -> None:
         """Add activations (T, K) of any float dtype; rows with NaN or Inf do not count.
 
         validation_rows: if not 0, these rows are for validation, and at most so many of them count. wanted: what they
-        should be, (T, K): in every update or in none.
+        should be, (T, K): in every update or in none. spread: a map for pieces of work.
         """
         x = self._device.put(np.ascontiguousarray(rows, dtype=np.float32))
         away = None if wanted is None else self._device.put(np.ascontiguousarray(wanted, dtype=np.float32)) - x
@@ -201,9 +206,11 @@ class Accumulator:
             x, away = x[some].copy(), None if away is None else away[some].copy()
             self._validation += [x] if len(x) else []
             self._validation_drift += [away] if away is not None and len(away) else []
-        add_gram(self._second_moment, x)
+        add_gram(self._second_moment, x, spread)
         if away is not None:
-            self._drift = x.T @ away if self._drift is None else np.add(self._drift, x.T @ away, out=self._drift)
+            if self._drift is None:
+                self._drift = np.zeros_like(self._second_moment)
+            add_product(self._drift, x, away, spread)
         self._sum += in_memory(np.abs(x).sum(axis=0))
         self._tokens += len(x)
 

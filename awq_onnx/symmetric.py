@@ -11,19 +11,36 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from awq_onnx.codec import Float32
+from awq_onnx.threads import Spread, one_by_one
 
 COLUMNS = 192  # of a product: what of it is symmetric is left out, block by block
-GRAM_COLUMNS = 384  # the same of x'x
+GRAM_COLUMNS = 384  # the same of x'x, and x'y
 PANEL = 64  # columns of a factor that are made together
 
 
-def add_gram(total: Float32, x: Float32) -> None:
-    """Add x'x, x (T, K), to the upper triangle of `total` (K, K); `mirror` completes it."""
-    for start, stop in runs(len(total), GRAM_COLUMNS):
+def add_gram(total: Float32, x: Float32, spread: Spread = one_by_one) -> None:
+    """Add x'x, x (T, K), to the upper triangle of `total` (K, K); `mirror` completes it. spread: a map for pieces."""
+
+    def add(columns: tuple[int, int]) -> None:
+        start, stop = columns
         own = x[:, start:stop]
         total[start:stop, start:stop] += own.T @ own  # which BLAS knows to be symmetric
         if start:
             total[:start, start:stop] += x[:, :start].T @ own
+
+    for _ in spread(add, reversed(list(runs(len(total), GRAM_COLUMNS)))):  # the longest work first
+        pass
+
+
+def add_product(total: Float32, x: Float32, y: Float32, spread: Spread = one_by_one) -> None:
+    """Add x'y, x and y (T, K), to `total` (K, K). spread: a map for pieces."""
+
+    def add(columns: tuple[int, int]) -> None:
+        start, stop = columns
+        total[:, start:stop] += x.T @ y[:, start:stop]
+
+    for _ in spread(add, runs(len(total), GRAM_COLUMNS)):
+        pass
 
 
 def mirror(upper: Float32) -> None:

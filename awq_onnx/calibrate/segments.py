@@ -211,14 +211,14 @@ class Segments:
 
     def _add(self, sums: Mapping[str, Accumulator], alive: Feed, validation_rows: int) -> None:
         def add(name: str) -> None:
-            shadow = alive.get(SHADOW + name)
-            rows = _rows(alive[name], alive)
-            if shadow is None:
-                sums[name].update(rows, validation_rows)
-            else:
-                sums[name].update(_rows(shadow, alive), validation_rows, wanted=rows)
+            sums[name].update(_rows(alive[name], alive), validation_rows)
 
-        for _ in self._spread(add, sorted(sums, key=lambda name: -alive[name].shape[-1])):  # the longest work first
+        drifting = {name for name in sums if SHADOW + name in alive}  # of few in a part, so that each is in pieces
+        for name in drifting:
+            there, wanted = (_rows(alive[one], alive) for one in (SHADOW + name, name))
+            sums[name].update(there, validation_rows, wanted, self._spread)
+        still = sorted(sums.keys() - drifting, key=lambda name: -alive[name].shape[-1])  # the longest work first
+        for _ in self._spread(add, still):
             pass
 
 
