@@ -141,6 +141,25 @@ def choose(
     outputs: Sequence[str],
 ) -> list[Format]:
     """The format of every item; see `check`. outputs: of the model, to measure at."""
+    losses = estimated_losses(items, plan, data, job, traced, outputs)
+    options = [
+        [Option(_bytes(item, fmt, job.recipe), loss) for fmt, loss in zip(item.formats, lost, strict=True)]
+        for item, lost in zip(items, losses, strict=True)
+    ]
+    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, job.opened), job.recipe))
+    assert chosen is not None
+    return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
+
+
+def estimated_losses(
+    items: Sequence[Item],
+    plan: Sequence[Group],
+    data: CalibrationData,
+    job: Job,
+    traced: Traced,
+    outputs: Sequence[str],
+) -> list[list[float]]:
+    """About what the output loses, by the item and its format; the target has no part in it."""
     folder = job.files.work / TRIALS
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     folder.mkdir()
@@ -159,17 +178,13 @@ def choose(
     relative = {site.output.name or "": tried.losses[0] for site, tried in trials.items()}
     costs = {place: loss / (relative.get(place, 1.0) or 1.0) for place, loss in measured.items() if loss > 0}
     unknown = sorted(costs.values())[len(costs) // 2] if costs else 1.0  # in the body of a Loop, or never reached
-    options = []
+    estimated = []
     for item in items:
         cost = sum(costs[place] for place in item.places if place in costs) or unknown
         table = item.table
         lost = tables.losses_of(table, item.formats, job.opened) if table else trials[item.sites[0]].losses
-        options.append(
-            [Option(_bytes(item, f, job.recipe), cost * loss) for f, loss in zip(item.formats, lost, strict=True)]
-        )
-    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, job.opened), job.recipe))
-    assert chosen is not None
-    return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
+        estimated.append([cost * loss for loss in lost])
+    return estimated
 
 
 def _budget_bytes(items: Sequence[Item], others: int, recipe: Recipe) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -16,11 +18,13 @@ from numpy.typing import NDArray
 from others import INT4_TOOLS, LM_HEAD, Call, at_opset_21, cache_folder, calibration_ids, last_line, with_own_head
 
 import awq_onnx
+from awq_onnx import targets
 from awq_onnx.calibrate import data
 from awq_onnx.calibrate.feeds import TOKENS, signature
 from awq_onnx.progress import Silent
 from awq_onnx.recipe import BEST, DEFAULT, Recipe
 from awq_onnx.store import open_model
+from awq_onnx.targets import estimated_losses
 
 LENGTH = 256  # of windows to calibrate on and to measure with
 SAMPLES = 32
@@ -55,6 +59,7 @@ class Bench:
     windows: NDArray[np.int64]
     folder: Path
     again: bool
+    estimated: list[list[float]] = field(default_factory=list)
 
     def given(self, call: Call, own_head: bool) -> Path:
         """The model as a tool gets it."""
@@ -80,6 +85,12 @@ class Bench:
             np.save(path, np.concatenate([feed[TOKENS] for feed in written.all_feeds]))
         return path
 
+    def estimated_once(self, *arguments: Any) -> list[list[float]]:
+        """`targets.estimated_losses`, which no target changes: for the first of them alone."""
+        if not self.estimated:
+            self.estimated.extend(estimated_losses(*arguments))
+        return self.estimated
+
     def _made(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.folder / name
         if not path.exists():
@@ -91,17 +102,20 @@ class ToolError(Exception):
     """Another tool failed, or took too long."""
 
 
-def our_jobs(bench: Bench, targets: Sequence[float]) -> Iterator[Job]:
+def our_jobs(bench: Bench, target_bits: Sequence[float]) -> Iterator[Job]:
     for quality, block_size in OUR_LAYERS:
         recipe = Recipe(quality=quality, block_size=block_size, accuracy_level=0)
         yield _ours(bench, LAYERS, f"{quality}, block {block_size}", recipe)
-    for bits in targets:
+    for bits in target_bits:
         yield _ours(bench, FRONT, f"--target-bits {bits:g}", Recipe(target_bits=bits, accuracy_level=0))
 
 
 def _ours(bench: Bench, part: str, settings: str, recipe: Recipe) -> Job:
     def run(output: Path) -> None:
-        awq_onnx.quantize(bench.model, output, recipe, calibration=np.load(bench.own_text()))
+        with ExitStack() as stack:
+            if recipe.target_bits is not None:
+                stack.enter_context(patch.object(targets, "estimated_losses", bench.estimated_once))
+            awq_onnx.quantize(bench.model, output, recipe, calibration=np.load(bench.own_text()))
 
     return Job(part, OURS, settings, run)
 

@@ -11,6 +11,7 @@ from builders import Array, activations, read_by, statistics_of, weight
 from awq_onnx import drift
 from awq_onnx.search import Reader
 from awq_onnx.statistics import InputStatistics
+from awq_onnx.threads import Workers
 
 K, N = 48, 20
 
@@ -74,6 +75,14 @@ def test_the_factor_of_a_layer_is_in_what_it_gets() -> None:
     (plain,) = read_by(learned(*inputs(wrong=0.1, noise=0.01)), w)
     found = drift.corrected([replace(plain, weight=w / 2, factor=2.0)])
     np.testing.assert_allclose(found[0].columns(), drift.corrected([plain])[0].columns(), rtol=1e-4, atol=1e-5)
+
+
+def test_work_side_by_side_finds_the_same_weights() -> None:
+    rng = np.random.default_rng(3)
+    readers = read_by(learned(*inputs(wrong=0.1, noise=0.01)), weight(rng, K, N), weight(rng, K, 3 * drift.STRIP + 1))
+    with Workers(2, 1 << 30) as workers:
+        for one, other in zip(drift.corrected(readers), drift.corrected(readers, workers.spread), strict=True):
+            np.testing.assert_array_equal(one.columns(), other.columns())
 
 
 @pytest.mark.parametrize("dead", [[0], [3, 4, 40]])

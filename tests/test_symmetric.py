@@ -8,7 +8,8 @@ from builders import Array, activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq_onnx.symmetric import COLUMNS, PANEL, add_gram, cholesky, mirror, quadratic, runs, solve
+from awq_onnx.symmetric import COLUMNS, PANEL, add_gram, add_product, cholesky, mirror, quadratic, runs, solve
+from awq_onnx.threads import Workers, one_by_one
 
 SHRINKS = (0.1, 0.7)
 # Below a block, a whole number of blocks, and some more; so few channels that a block is never full.
@@ -54,6 +55,28 @@ def test_the_gram_matrix_is_that_of_all_rows_together(K: int) -> None:
     mirror(total)
     close(total, x.astype(np.float64).T @ x)
     np.testing.assert_array_equal(total, total.T)
+
+
+@gram_sizes
+def test_a_product_is_that_of_all_rows_together(K: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = activations(rng, K, T=90), activations(rng, K, T=90)
+    total = np.zeros((K, K), np.float32)
+    for some in (slice(0, 1), slice(1, 40), slice(40, 40), slice(40, None)):
+        add_product(total, x[some], y[some])
+    close(total, x.astype(np.float64).T @ y)
+
+
+@gram_sizes
+def test_sums_made_side_by_side_are_the_same_to_the_last_bit(K: int) -> None:
+    rng = np.random.default_rng(0)
+    x, y = activations(rng, K, T=50), activations(rng, K, T=50)
+    one, other = np.zeros((2, 2, K, K), np.float32)
+    with Workers(2, 1 << 30) as workers:
+        for spread, (gram, product) in ((one_by_one, one), (workers.spread, other)):
+            add_gram(gram, x, spread)
+            add_product(product, x, y, spread)
+    np.testing.assert_array_equal(one, other)
 
 
 @gram_sizes

@@ -17,6 +17,7 @@ import awq_onnx
 from awq_onnx import Recipe, Report, drift, errors, targets
 from awq_onnx.partwise import Partwise
 from awq_onnx.search import Reader
+from awq_onnx.threads import Spread
 
 
 def quantized(folder: Path, model: onnx.ModelProto | None = None, **settings: Any) -> tuple[Report, Path]:
@@ -125,9 +126,9 @@ def test_layers_make_up_for_those_before_with_the_best_quality_and_the_default_m
     drifting: list[bool] = []
     original = drift.corrected
 
-    def watched(readers: Sequence[Reader]) -> list[Reader]:
+    def watched(readers: Sequence[Reader], spread: Spread) -> list[Reader]:
         drifting.extend(reader.statistics.drift is not None for reader in readers)
-        return original(readers)
+        return original(readers, spread)
 
     monkeypatch.setattr(drift, "corrected", watched)
     quantized(tmp_path, **settings)
