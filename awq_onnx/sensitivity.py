@@ -54,7 +54,9 @@ def measure(
     windows = [in_float32(window) for window in windows]
     alive, losses = windows, {}
     fuse = may_be_copied(opened)
-    for stage in _stages(opened.model.graph, places, stand_ins, outputs):
+    stages = list(_stages(opened.model.graph, places, stand_ins, outputs))
+    share = 1 / max(sum(len(stage.places) for stage in stages), 1)
+    for stage in stages:
         model = extract(opened.model, stage.rest, alive[0])
         which = switch.add_switches(model, stage.places, stand_ins)
         session = runtime.session(model.SerializeToString(), opened.folder, fuse=fuse, half=False, providers=providers)
@@ -66,7 +68,7 @@ def measure(
                 made = (rest.run(values, number) for values in alive)
                 loss = float(np.mean([judge.loss(values) for judge, values in zip(judges, made, strict=True)]))
                 losses[place] = loss if place in stand_ins else loss / NOISE**2
-            advance(1 / len(places))
+            advance(share)
     return losses
 
 

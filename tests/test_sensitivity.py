@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,17 @@ from awq_onnx import Recipe, sensitivity
 from awq_onnx.calibrate.feeds import Feed, complete, signature
 from awq_onnx.calibrate.parts import Piece
 from awq_onnx.passes.switch import StandIn
+from awq_onnx.progress import unheard
 from awq_onnx.store import open_model
 
 
-def measured(model: Path, places: list[str], stand_ins: dict[str, StandIn]) -> dict[str, float]:
+def measured(
+    model: Path, places: list[str], stand_ins: dict[str, StandIn], advance: Callable[[float], None] = unheard
+) -> dict[str, float]:
     with open_model(model) as opened:
         wanted = signature(opened.model.graph)
         windows = [complete(wanted, {"input_ids": one[None]}) for one in IDS]
-        return sensitivity.measure(opened, places, stand_ins, windows, ["logits"], wanted)
+        return sensitivity.measure(opened, places, stand_ins, windows, ["logits"], wanted, advance=advance)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -104,3 +108,7 @@ def test_what_is_measured_on_has_no_padding_and_is_no_longer_than_it_has_to_be(t
 def test_a_place_that_no_node_makes_is_left_out(tmp_path: Path) -> None:
     model = save(tiny_decoder(), tmp_path / "model.onnx")
     assert measured(model, ["input_ids", "nothing"], {}) == {}
+    done: list[float] = []
+    noise = measured(model, ["nothing", "/layers.0/q_proj/MatMul_output_0"], {}, done.append)
+    assert list(noise) == ["/layers.0/q_proj/MatMul_output_0"]
+    assert sum(done) == pytest.approx(1)  # nor does the progress wait for it
