@@ -16,9 +16,8 @@ front: the whole model. Bits are 8 x bytes of the file / weights of the original
 are the same, counted once; nodes, names and norms count too. In optimum's export lm_head reads the table of the
 embedding through a Transpose, which other tools skip. Where it says "own head" they got a copy in which lm_head has a
 weight of its own, the same function, so that they quantise it; their file then holds the table twice. Of every point of
-another tool it is told whether it lies above our curve: straight lines between our points, in log KL. What
-onnxruntime-genai's builder makes is compared with the fp32 model that it builds, which takes other inputs and is the
-same function.
+another tool it is told whether it lies above our curve: straight lines between our points. What onnxruntime-genai's
+builder makes is compared with the fp32 model that it builds, which takes other inputs and is the same function.
 
 awq-onnx is calibrated with text that the model wrote itself, as without any option; that text is written once. Other
 tools get the 32 windows of 256 tokens of numpy's documentation that rivals.py gives them, which is closer to what is

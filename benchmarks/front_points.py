@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -115,10 +114,10 @@ def curve_of(points: Sequence[Point]) -> list[tuple[float, float]]:
 
 
 def kl_at(curve: Sequence[tuple[float, float]], bits: float) -> float | None:
-    """Straight lines in log KL; None outside."""
+    """Straight lines between points: what a mixture of the two loses. None outside."""
     if not curve[0][0] <= bits <= curve[-1][0]:
         return None
-    return float(np.exp(np.interp(bits, [x for x, _ in curve], [math.log(kl) for _, kl in curve])))
+    return float(np.interp(bits, [x for x, _ in curve], [kl for _, kl in curve]))
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
@@ -129,7 +128,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
     figure, axes = pyplot().subplots(figsize=(9, 6), layout="constrained")
     curve = curve_of(shown)
     if curve:
-        axes.plot(*zip(*curve, strict=True), "C3-", marker="o", markersize=6, linewidth=2.5, label=OURS, zorder=3)
+        between = np.linspace(curve[0][0], curve[-1][0], 500)
+        axes.plot(between, [kl_at(curve, bits) for bits in between], "C3-", linewidth=2.5, zorder=3)
+        axes.plot(*zip(*curve, strict=True), "C3o", markersize=6, label=OURS, zorder=3)
     others = {tool: [one for one in shown if one.tool == tool] for tool in tools_of(shown)}
     for tool, style in zip(others, cycle(STYLES), strict=False):
         _scatter(axes, others[tool], tool, *style)

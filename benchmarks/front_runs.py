@@ -30,7 +30,7 @@ LENGTH = 256  # of windows to calibrate on and to measure with
 SAMPLES = 32
 LIMIT_SECONDS = 15 * 60
 OUR_LAYERS = ((DEFAULT, 32), (DEFAULT, 64), (BEST, 128))  # quality and block size
-TARGET_BITS = (3.5, 4.0, 4.3, 4.7, 5.0, 5.5, 6.0, 7.0, 8.5)
+TARGET_BITS = (3.5, 4.0, 4.3, 4.5, 4.7, 5.0, 5.5, 6.0, 7.0, 7.5, 8.0, 8.5)
 
 
 @dataclass(frozen=True)
