@@ -53,7 +53,7 @@ methods: $(MODELS)
 	$(BIN)/python benchmarks/methods.py --json $(CACHE)/methods.json --output docs/methods.md
 
 front: $(MODELS)
-	$(BIN)/python benchmarks/front.py --json $(CACHE)/front.json --plot docs/front.svg
+	$(BIN)/python benchmarks/front.py --json docs/front.json --plot docs/front.svg
 
 coverage: $(MODELS)
 	$(BIN)/python benchmarks/coverage.py --output docs/coverage.md

@@ -10,7 +10,8 @@ All methods calibrate on the same tokens: text that the model wrote itself, with
 without data does it; other text or random ids where the page says so.
 
 What is measured is kept in the file of --json after every model, and the text that the model wrote beside it: a run
-goes on with what is missing; --seconds ends one early. The second form makes the page again without measuring anything.
+goes on with what is missing; --seconds ends one early. The second form makes the page again without measuring anything;
+docs/methods.json, which is written beside the page, has the figures of all that is on it.
 A model takes one to three minutes of two cores that are shared, and there are about fifty. Seconds are those of one
 run: they want an idle machine, KL does not.
 """
@@ -173,9 +174,12 @@ class Results:
 
     def add(self, key: str, figures: dict[str, Any]) -> None:
         self.found[key] = figures
-        unfinished = self._path.with_suffix(".tmp")
+        self.save(self._path)
+
+    def save(self, path: Path) -> None:
+        unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.found, indent=1) + "\n")
-        unfinished.replace(self._path)
+        unfinished.replace(path)
 
 
 def missing(sections: Sequence[str], found: Found, *, best: bool) -> Iterator[Variant]:
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep figures here, and go on from those it holds")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take these figures")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page here, its pictures beside it")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page here, pictures and figures beside it")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         if arguments.json is None:
@@ -222,6 +226,7 @@ def main() -> None:
         complete_now = arguments.from_json is not None or measure_all(arguments, results)
     if arguments.output is not None:
         write_page(results.found, arguments.output)
+        results.save(arguments.output.with_suffix(".json"))
     sys.exit(not complete_now)
 
 

@@ -305,7 +305,9 @@ def run_genai(model: Path, ids: NDArray[np.int64], *, method: str, block_size: i
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(checkpoint)]
         command += ["--output", str(built), "--cache_dir", str(Path(name) / "cache")]
         command += ["--precision", "int4", "--execution_provider", "cpu", "--extra_options", "int4_is_symmetric=false"]
-        subprocess.run([*command, f"int4_algo_config={method}", f"int4_block_size={block_size}"], check=True)
+        command += [f"int4_algo_config={method}", f"int4_block_size={block_size}"]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(1)  # it has said why
         return onnx.load(built / "model.onnx")
 
 
