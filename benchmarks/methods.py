@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep figures here, and go on from those it holds")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, take these figures")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page here, pictures and figures beside it")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page here, the rest beside it")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         if arguments.json is None:
