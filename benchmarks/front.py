@@ -37,7 +37,9 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -75,9 +77,14 @@ def _measured_now(bench: Bench, job: Job) -> Measured:
             seconds = time.perf_counter() - start
             comparison = awq_onnx.compare(trained_model(job.original), in_floats(output), bench.windows)
         except (ToolError, awq_onnx.errors.AwqOnnxError) as error:
-            return Measured(time.perf_counter() - start, trouble=str(error).splitlines()[0])
+            return Measured(time.perf_counter() - start, trouble=in_short(error))
         bits = layer_bits(output) if job.part == LAYERS else file_bits(bench.model, output)
         return Measured(seconds, comparison.kl_mean, comparison.kl_se, comparison.top1, bits, size_bytes(output))
+
+
+def in_short(error: Exception) -> str:
+    """What it says first, without the folders of this machine."""
+    return textwrap.shorten(re.sub(r"(/[\w.-]+)+/", "", str(error).splitlines()[0]), 200)
 
 
 def in_floats(model: Path) -> Path:
