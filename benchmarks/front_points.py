@@ -132,8 +132,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axes.plot(between, [kl_at(curve, bits) for bits in between], "C3-", linewidth=2.5, zorder=3)
         axes.plot(*zip(*curve, strict=True), "C3o", markersize=6, label=OURS, zorder=3)
     others = {tool: [one for one in shown if one.tool == tool] for tool in tools_of(shown)}
-    for tool, style in zip(others, cycle(STYLES), strict=False):
-        _scatter(axes, others[tool], tool, *style)
+    for tool, style, below in zip(others, cycle(STYLES), cycle((False, True)), strict=False):
+        _scatter(axes, others[tool], tool, *style, below=below)
     _label(axes)
     save_picture(figure, path)
 
@@ -143,12 +143,15 @@ def tools_of(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(one.tool for one in points if not one.is_ours))
 
 
-def _scatter(axes: Any, points: Sequence[Point], tool: str, marker: str, colour: str) -> None:
+def _scatter(axes: Any, points: Sequence[Point], tool: str, marker: str, colour: str, *, below: bool) -> None:
+    """below: whether names go below their points; tools with neighbouring points take turns."""
     places = [where for one in points if (where := one.at())]
     axes.plot(*zip(*places, strict=True), marker, color=colour, markersize=7, label=tool, zorder=2)
     for one, where in zip(points, places, strict=True):
         text = one.settings.removesuffix(", own head")
-        axes.annotate(text, where, xytext=(6, 3), textcoords="offset points", fontsize="small", color=colour)
+        axes.annotate(
+            text, where, xytext=(6, -11 if below else 3), textcoords="offset points", fontsize="small", color=colour
+        )
 
 
 def _label(axes: Any) -> None:
