@@ -213,7 +213,7 @@ class Segments:
         def add(name: str) -> None:
             sums[name].update(_rows(alive[name], alive), validation_rows)
 
-        drifting = {name for name in sums if SHADOW + name in alive}  # of few in a part, so that each is in pieces
+        drifting = {name for name in sums if SHADOW + name in alive}  # a part has few, so that each is summed in pieces
         for name in drifting:
             there, wanted = (_rows(alive[one], alive) for one in (SHADOW + name, name))
             sums[name].update(there, validation_rows, wanted, self._spread)
