@@ -178,7 +178,8 @@ class Results:
 
     def save(self, path: Path) -> None:
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.found, indent=1) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(figures)}" for key, figures in self.found.items())
+        unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         unfinished.replace(path)
 
 

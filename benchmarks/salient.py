@@ -136,9 +136,9 @@ def _error(weight: Float32, scale: Float32, reader: Reader) -> Float32:
 
 
 def _cumulative(parts: Float32, shares: Collection[float] = SHARES) -> list[float]:
-    """The share of all that the first channels carry, for each share of them."""
+    """The share of all that the first channels carry, for each share of them, to four digits."""
     sums = np.cumsum(parts, dtype=np.float64)
-    return [float(sums[_count(share, len(parts)) - 1] / sums[-1]) for share in shares]
+    return [round(float(sums[_count(share, len(parts)) - 1] / sums[-1]), 4) for share in shares]
 
 
 def _count(share: float, channels: int) -> int:
