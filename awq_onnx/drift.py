@@ -27,7 +27,7 @@ from awq_onnx.threads import Spread, one_by_one
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)  # of the diagonal of H
 WORTH_IT = 0.99  # of the squared error of the output on held-out rows
-JUDGES = 256  # held-out rows that decide; more of a sequence tell little that these do not
+JUDGES = 256  # held-out rows that decide, evenly spread
 STRIP = 256  # columns worked on at once, or K / 4 where that is more: every strip factors a matrix anew
 
 

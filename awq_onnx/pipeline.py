@@ -253,7 +253,8 @@ def _to_target(job: Job, plan: Plan, traced: Traced, outputs: Sequence[str], cal
     if FORMATS not in job.files.done:
         job.progress.stage("Choosing formats")
         with job.files.failures():
-            chosen = targets.choose(items, plan.groups, calibration_data, job, traced, outputs)
+            losses = targets.estimated_losses(items, plan.groups, calibration_data, job, traced, outputs)
+            chosen = targets.choose(items, losses, job.opened, job.recipe)
         job.files.record(FORMATS, {"chosen": [item.formats.index(f) for item, f in zip(items, chosen, strict=True)]})
     formats = [item.formats[at] for item, at in zip(items, job.files.done[FORMATS]["chosen"], strict=True)]
     of_sites = {site: fmt for item, fmt in zip(items, formats, strict=True) for site in item.sites}

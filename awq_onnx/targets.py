@@ -132,25 +132,6 @@ def check(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> None:
     raise RecipeError(f"target_bits {recipe.target_bits} is too small: the least that the model can have is {bits:.2f}")
 
 
-def choose(
-    items: Sequence[Item],
-    plan: Sequence[Group],
-    data: CalibrationData,
-    job: Job,
-    traced: Traced,
-    outputs: Sequence[str],
-) -> list[Format]:
-    """The format of every item; see `check`. outputs: of the model, to measure at."""
-    losses = estimated_losses(items, plan, data, job, traced, outputs)
-    options = [
-        [Option(_bytes(item, fmt, job.recipe), loss) for fmt, loss in zip(item.formats, lost, strict=True)]
-        for item, lost in zip(items, losses, strict=True)
-    ]
-    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, job.opened), job.recipe))
-    assert chosen is not None
-    return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
-
-
 def estimated_losses(
     items: Sequence[Item],
     plan: Sequence[Group],
@@ -159,7 +140,9 @@ def estimated_losses(
     traced: Traced,
     outputs: Sequence[str],
 ) -> list[list[float]]:
-    """About what the output loses, by the item and its format; the target has no part in it."""
+    """About what the output loses, by the item and its format; the target has no part in it. outputs: of the model, to
+    measure at.
+    """
     folder = job.files.work / TRIALS
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     folder.mkdir()
@@ -185,6 +168,19 @@ def estimated_losses(
         lost = tables.losses_of(table, item.formats, job.opened) if table else trials[item.sites[0]].losses
         estimated.append([cost * loss for loss in lost])
     return estimated
+
+
+def choose(
+    items: Sequence[Item], losses: Sequence[Sequence[float]], opened: OpenedModel, recipe: Recipe
+) -> list[Format]:
+    """The format of every item, of the least loss that the target allows; see `check`. losses: of its formats."""
+    options = [
+        [Option(_bytes(item, fmt, recipe), loss) for fmt, loss in zip(item.formats, lost, strict=True)]
+        for item, lost in zip(items, losses, strict=True)
+    ]
+    chosen = allocate(options, _budget_bytes(items, _others_bytes(items, opened), recipe))
+    assert chosen is not None
+    return [item.formats[at] for item, at in zip(items, chosen, strict=True)]
 
 
 def _budget_bytes(items: Sequence[Item], others: int, recipe: Recipe) -> int:

@@ -1,7 +1,7 @@
 """How close to the original at how many bits: awq-onnx beside every other tool that makes 4-bit ONNX models.
 
     python benchmarks/front.py [--parts layers front] [--tools ours others] [--only PATTERN] [--json FILE]
-    python benchmarks/front.py --from-json FILE [FILE ...] [--plot docs/front.svg]
+    python benchmarks/front.py --from-json FILE [FILE ...] [--json FILE] [--plot docs/front.svg]
 
 KL(original || quantised) of SmolLM2, nats per token, over 24 windows of 256 tokens of CPython's documentation, which
 calibrated nothing; +- is the standard error over windows. All is measured in float arithmetic (accuracy level 0), so
@@ -28,7 +28,8 @@ that need not be idle; for times see rivals.py.
 onnxruntime's GPTQ gets one of the windows: it reads the half of a triangular matrix that is zero, so that no error is
 made up for, whatever it is calibrated with. Beside its RTN it shows what that comes to.
 
-All of it takes hours of two cores; a second run only what awq-onnx takes.
+All of it takes hours of two cores; a second run only what awq-onnx takes. One at a time: two side by side take longer.
+The second form puts together what several runs found; of a row that is in several files the last counts.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target-bits", nargs="+", type=float, default=TARGET_BITS, metavar="BITS", help="of ours")
     parser.add_argument("--windows", type=int, default=24, help="to measure with (%(default)s)")
     parser.add_argument("--again", action="store_true", help="use nothing that is kept in the cache")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here, after every row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here, all of them together")
     parser.add_argument("--from-json", type=Path, nargs="+", metavar="FILE", help="run nothing, take these figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL over bits, .svg or .png")
     return parser
@@ -184,6 +185,8 @@ def main() -> None:
         points = load(arguments.from_json)
         for part in PARTS:
             print(*table(part, [one for one in points if one.part == part]), sep="\n")
+        if arguments.json is not None:
+            save(points, arguments.json)
     else:
         points = run_all(arguments)
     print(*verdicts(points), sep="\n")

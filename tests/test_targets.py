@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_with_the_formats_it_has_chosen(
         patch.setattr(Partwise, "run", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantized(tmp_path, quality="best")
-    monkeypatch.setattr(targets, "choose", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(targets, "estimated_losses", Mock(side_effect=AssertionError))
     again = quantized(tmp_path, quality="best")[1]
     assert again.with_name("out.onnx.data").read_bytes() == whole.with_name("out.onnx.data").read_bytes()
 
