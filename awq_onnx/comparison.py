@@ -264,6 +264,15 @@ def mean_kl(log_p: Rows, logits: Rows) -> float:
     return total / max(len(logits), 1)
 
 
+def log_probabilities(logits: Rows) -> NDArray[np.float32]:
+    """`log_softmax` in single precision, computed in double, a few rows at a time."""
+    made = np.empty(logits.shape, np.float32)
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        made[some] = log_softmax(logits[some])
+    return made
+
+
 def log_softmax(logits: Rows) -> NDArray[np.float64]:
     """Of each row of logits (T, V)."""
     shifted = logits.astype(np.float64)

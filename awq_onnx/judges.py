@@ -11,28 +11,18 @@ import numpy as np
 from awq_onnx import vocabulary
 from awq_onnx.calibrate.feeds import Feed, Signature
 from awq_onnx.codec import Float32
-from awq_onnx.comparison import Rows, log_softmax, mean_kl, real_rows
-from awq_onnx.passes.constants import constant
+from awq_onnx.comparison import Rows, log_probabilities, mean_kl, real_rows
 from awq_onnx.passes.facts import facts_of
-from awq_onnx.passes.sites import Site, find_site
+from awq_onnx.passes.sites import Site, maker_of
 from awq_onnx.store import OpenedModel
 from awq_onnx.vocabulary import VocabularySample
-
-BIAS_OR_TYPE = frozenset({"Add", "Cast", "Identity"})  # what may stand between a layer and the logits
 
 
 def large_head(opened: OpenedModel, wanted: Signature) -> Site | None:
     """The layer whose output the logits are, but for a bias or a type, where its columns are many."""
-    value = next(value for value in opened.model.graph.outputs if value.name == wanted.logits)
-    while (node := value.producer()) is not None:
-        found = find_site(node, facts_of(opened.model))
-        if isinstance(found, Site):
-            return found if found.N > vocabulary.SIZE else None
-        others = [one for one in node.inputs if one is not None and constant(one) is None]
-        if node.op_type not in BIAS_OR_TYPE or len(others) != 1:
-            return None
-        (value,) = others
-    return None
+    logits = next(value for value in opened.model.graph.outputs if value.name == wanted.logits)
+    head = maker_of(logits, facts_of(opened.model))
+    return head if head is not None and head.N > vocabulary.SAMPLE_SIZE else None
 
 
 class Judge(Protocol):
@@ -57,7 +47,7 @@ class OutputJudge:
     def expecting(self, values: Feed) -> OutputJudge:
         rows = self._rows(values)
         if rows and self._are_logits(rows[0]):
-            rows = (log_softmax(rows[0]).astype(np.float32),)
+            rows = (log_probabilities(rows[0]),)
         return replace(self, expected=rows)
 
     def loss(self, values: Feed) -> float | None:
@@ -97,7 +87,7 @@ class HeadJudge:
     @classmethod
     def of(cls, head: Site, values: Feed, window: Feed, wanted: Signature, opened: OpenedModel) -> HeadJudge:
         """values: that and the logits, without an error."""
-        sample = VocabularySample.of(real_rows(values[wanted.logits or ""], window, wanted), vocabulary.SIZE)
+        sample = VocabularySample.of(real_rows(values[wanted.logits or ""], window, wanted), vocabulary.SAMPLE_SIZE)
         weight = opened.read(head.tensor)
         columns = weight[sample.ids].T if head.transposed else weight[:, sample.ids]
         return cls(head, window, wanted, sample, np.float32(head.factor) * columns.astype(np.float32))

@@ -20,6 +20,7 @@ QUANTIZABLE_DTYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataT
 # What may stand between the lm_head and the graph output: a bias, a soft cap, a temperature, probabilities.
 AFTER_HEAD = frozenset({"Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze"})
 AFTER_HEAD |= {"Softmax", "LogSoftmax"}
+BIAS_OR_TYPE = frozenset({"Add", "Cast", "Identity"})  # all that moves no error of a layer
 NO_TOKENS = frozenset({"position_ids", "token_type_ids"})
 # What may stand between a router of experts and the TopK that chooses them.
 AFTER_ROUTER = frozenset({"Cast", "Identity", "Add", "Reshape", "Softmax", "Sigmoid", "Unsqueeze", "Squeeze"})
@@ -174,6 +175,19 @@ def find_site(node: ir.Node, facts: Facts) -> Site | Refusal | None:
     if form.bias and (bias is None or bias.size not in (1, N) or bias.size != (bias.shape.numpy() or (1,))[-1]):
         return Refusal(node_name(node), "what it adds is no constant vector")
     return Site(node, node_name(node), weight, tensor, transposed, dtype, K, N, form.factor, bias, form.beta)
+
+
+def maker_of(value: ir.Value, facts: Facts) -> Site | None:
+    """The layer that makes a value, which may then get another type or a constant added; None where no layer does."""
+    while (node := value.producer()) is not None:
+        found = find_site(node, facts)
+        if isinstance(found, Site):
+            return found
+        others = [one for one in node.inputs if one is not None and constant(one) is None]
+        if node.op_type not in BIAS_OR_TYPE or len(others) != 1:
+            return None
+        (value,) = others
+    return None
 
 
 @dataclass(frozen=True)
