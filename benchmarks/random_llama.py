@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +134,7 @@ class DataFile:
 
     def random(self, name: str, shape: Sequence[int], std: float) -> str:
         """A tensor of normal numbers; its name."""
-        return self._write(name, shape, self.normals.runs(name, math.prod(shape), std))
+        return self.add(name, shape, self.element_type, self.normals.runs(name, math.prod(shape), std))
 
     def gain(self, name: str, channels: int) -> str:
         """The gain of a norm: around one, but for a few channels that stand out in all norms alike; its name."""
@@ -145,24 +145,22 @@ class DataFile:
 
     def known(self, name: str, values: NDArray[Any]) -> str:
         """A tensor of given numbers; its name."""
-        return self._write(name, values.shape, [values.astype(np.float16).astype(self.dtype)])
+        return self.add(name, values.shape, self.element_type, [values.astype(np.float16).astype(self.dtype)])
 
-    def _write(self, name: str, shape: Sequence[int], pieces: Iterator[Floats] | Sequence[Floats]) -> str:
+    def add(self, name: str, shape: Sequence[int], element_type: int, pieces: Iterable[NDArray[Any]]) -> str:
+        """A tensor that comes in pieces; its name."""
         self._file.write(bytes(-self._file.tell() % PAGE_BYTES))
         offset = self._file.tell()
         for piece in pieces:
             self._file.write(piece.data)
         length = self._file.tell() - offset
-        self.tensors.append(self._reference(name, shape, offset, length))
-        return name
-
-    def _reference(self, name: str, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
         tensor = TensorProto(
-            name=name, dims=shape, data_type=self.element_type, data_location=TensorProto.DataLocation.EXTERNAL
+            name=name, dims=shape, data_type=element_type, data_location=TensorProto.DataLocation.EXTERNAL
         )
         for key, value in (("location", self._path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
-        return tensor
+        self.tensors.append(tensor)
+        return name
 
 
 class Decoder:

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+from gpus import Emulated, Gpu, emulated, gpu
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return emulated(tmp_path_factory.mktemp("emulated_gpu"))
+
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Emulated | Gpu:
+    """Every test that takes it runs on the emulated GPU, and on a real one where there is one."""
+    return request.getfixturevalue("emulated_gpu") if request.param == "emulated" else gpu()
