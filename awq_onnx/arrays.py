@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
+THERE_BYTES = 2 << 30  # of a device's memory for what is worked on at once
+
 
 def beside(array: NDArray[Scalar], other: NDArray[Any]) -> NDArray[Scalar]:
     """The same numbers where `other` is."""
@@ -24,3 +26,10 @@ def beside(array: NDArray[Scalar], other: NDArray[Any]) -> NDArray[Scalar]:
 def in_memory(array: NDArray[Scalar]) -> NDArray[Scalar]:
     """The same numbers as an array of numpy, wherever they are."""
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def at_once(here: int, there: int, array: NDArray[Any]) -> int:
+    """How many items of such an array to work on at once: `here` in memory, where they should fit into a core's cache,
+    `there` on a device, where every call costs the same and few items leave most of it idle.
+    """
+    return here if isinstance(array, np.ndarray) else max(1, there)

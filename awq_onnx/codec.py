@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from awq_onnx.arrays import beside, in_memory
+from awq_onnx.arrays import in_memory
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -91,12 +91,20 @@ def round_scales(scales: Float32, dtype: DTypeLike) -> Float32:
     """
     largest = _largest(np.dtype(dtype))
     rounded = np.minimum(np.maximum(scales, -largest), largest)
-    if np.dtype(dtype) == ml_dtypes.bfloat16:  # which a GPU's arrays do not have
-        rounded = beside(in_memory(rounded).astype(dtype).astype(np.float32), rounded)
+    if np.dtype(dtype) == ml_dtypes.bfloat16:
+        rounded = _as_bfloat16(rounded)
     else:
         rounded = rounded.astype(dtype, copy=False).astype(np.float32, copy=False)
     smallest = np.finfo(np.float32).smallest_normal  # below it 1 / scale overflows
     return np.where(np.abs(rounded) < smallest, np.float32(1), rounded)
+
+
+def _as_bfloat16(values: Float32) -> Float32:
+    """The nearest bfloat16, of two the even one, by its bits: arrays on a GPU do not have the dtype."""
+    bits = values.astype(np.float32).view(np.uint32)
+    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    bits &= np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
 
 
 @cache
@@ -143,7 +151,7 @@ def dequantize(centred: Float32, grid: Grid, out: Float32 | None = None) -> Floa
 def pack(centred: Float32, grid: Grid) -> UInt8:
     """The bytes of MatMulNBits' input B: uint8 (N, G, b * bits / 8)."""
     codes = _joined((centred + grid.zero_points[:, None, :]).astype(np.uint8), grid.bits)  # (G, b * bits / 8, N)
-    return np.ascontiguousarray(in_memory(codes).transpose(2, 0, 1))
+    return in_memory(np.ascontiguousarray(codes.transpose(2, 0, 1), like=codes))
 
 
 def as_stored(codes: UInt8, grid: Grid, fmt: Format) -> tuple[UInt8, Grid]:

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import codec
-from awq_onnx.arrays import beside
+from awq_onnx.arrays import THERE_BYTES, at_once, beside
 from awq_onnx.codec import Float32, Grid
+from awq_onnx.kernels.arrays import Kernel, kernel_for
 from awq_onnx.statistics import InputStatistics
 from awq_onnx.symmetric import cholesky, runs, solve
 
@@ -31,6 +33,8 @@ SHRINKS = (0.1, 0.3, 0.5, 0.7)  # of the off-diagonal of H
 LEAST_FOR_NOISE = 0.5
 WORTH_IT = 0.98  # of the loss on held-out rows
 ROWS, FEW_ROWS = 128, 16  # channels rounded between two products of matrices, large ones and small ones
+THREADS = 64  # of a block, each with a column of its own: COLUMNS of kernels/compensate.cu
+ORDERING = 8  # of H with its channels in order: what a row takes at its peak, in rows
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class _Ordered:
         inverse = np.sqrt(np.divide(1, own, where=live, out=np.zeros(own.size)))[order].astype(np.float32)
         matrix = np.empty_like(statistics.second_moment) if memory is None else memory
         roots, inverse = beside(roots, matrix), beside(inverse, matrix)
-        for some, part in statistics.moments_without(unseen, order, ROWS):
+        height = at_once(ROWS, THERE_BYTES // (ORDERING * matrix[:1].nbytes), matrix)
+        for some, part in statistics.moments_without(unseen, order, height):
             part *= inverse[some, None]
             part *= inverse[some.start :]
             matrix[some, some.start :] = part
@@ -143,36 +148,94 @@ def _energy(rows: Float32, factors: Float32) -> float:
 def round_weight(scaled: Float32, grid: Grid, block_size: int, compensation: Compensation) -> Float32:
     """The codes of s W (K, n) on a grid, less their zero points: float32 integers (G, b, n)."""
     K, n = scaled.shape
-    order, feedback = compensation.order, compensation.feedback
-    blocks = order // block_size
-    steps = np.reciprocal(grid.scales)
-    lowest, highest = -grid.zero_points, codec.max_code(grid.bits) - grid.zero_points
-    wanted = scaled[beside(order, scaled)]  # (K, n)
-    errors = np.empty_like(wanted)
+    feedback, order = compensation.feedback, beside(compensation.order, scaled)
     codes = np.zeros((grid.scales.shape[0] * block_size, n), np.float32, like=scaled)
+    wanted = scaled[order]  # (K, n)
+    channels = _Channels(compensation, order, grid, block_size, wanted, np.empty_like(wanted), codes)
     targets = np.empty((ROWS, n), np.float32, like=scaled)
-    scratch = np.empty((FEW_ROWS, n), np.float32, like=scaled)
-
-    def carry_over(start: int, stop: int, after: int) -> None:
-        """Take the errors of channels from `stop` to before `after` off the targets of those before `stop`."""
-        if after > stop:
-            targets[: stop - start] -= feedback[stop:after, start:stop].T @ errors[stop:after]
-
     for start, stop in reversed(list(runs(K, ROWS))):
-        targets[: stop - start] = wanted[start:stop]
-        carry_over(start, stop, K)
+        own = targets[: stop - start]
+        own[...] = wanted[start:stop]
+        if stop < K:
+            own -= feedback[stop:, start:stop].T @ channels.errors[stop:]
+        channels.round(start, stop, own)
+    return codes.reshape(-1, block_size, n)
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """A weight on its way to codes, its channels in the order in which errors pass.
+
+    order: that of `compensation`, where the weight is. wanted: s W, float32 (K, n). errors: of the channels that are
+    rounded already, (K, n). codes: less zero points, each channel's where it belongs, (G * b, n).
+    """
+
+    compensation: Compensation
+    order: NDArray[np.int64]
+    grid: Grid
+    block_size: int
+    wanted: Float32
+    errors: Float32
+    codes: Float32
+
+    def round(self, start: int, stop: int, targets: Float32) -> None:
+        """Round channels from the one before `stop` down to `start`, at most `ROWS`.
+
+        targets: what they should be, less what the errors of those from `stop` on ask for: (stop - start, n), used up.
+        """
+        kernel = kernel_for(self.wanted, "compensate", "round_channels")
+        if kernel is None:
+            self._round_one_by_one(start, stop, targets)
+        else:
+            self._launch(kernel, start, stop, targets)
+
+    def _launch(self, kernel: Kernel, start: int, stop: int, targets: Float32) -> None:
+        K, n = self.wanted.shape
+        numbers = [np.int32(one) for one in (self.block_size, K, n, start, stop)]
+        arguments = (
+            self.compensation.feedback,
+            self.order,
+            self.wanted,
+            targets,
+            np.ascontiguousarray(self.grid.scales, like=targets),
+            np.ascontiguousarray(self.grid.zero_points, like=targets),
+            np.float32(codec.max_code(self.grid.bits)),
+            *numbers,
+            self.errors,
+            self.codes,
+        )
+        kernel((-(-n // THREADS),), (THREADS,), arguments)
+
+    def _round_one_by_one(self, start: int, stop: int, targets: Float32) -> None:
+        errors, feedback, scratch = self.errors, self.compensation.feedback, self._scratch
         for first, last in reversed(list(runs(stop - start, FEW_ROWS))):
             some = targets[first:last]
             if start + last < stop:
                 some -= feedback[start + last : stop, start + first : start + last].T @ errors[start + last : stop]
             for i in reversed(range(start + first, start + last)):
-                at, block = i - start - first, blocks[i]
-                code = codes[order[i]]
-                np.rint(np.multiply(some[at], steps[block], out=code), out=code)
-                np.minimum(np.maximum(code, lowest[block], out=code), highest[block], out=code)
-                error = np.multiply(code, grid.scales[block], out=errors[i])
-                error -= wanted[i]
+                at = i - start - first
+                error = self._round_channel(i, some[at])
                 if at:
                     np.multiply(feedback[i, i - at : i, None], error, out=scratch[:at])
                     some[:at] -= scratch[:at]
-    return codes.reshape(-1, block_size, n)
+
+    def _round_channel(self, i: int, target: Float32) -> Float32:
+        """Its error; all (n,)."""
+        steps, lowest, highest = self._bounds
+        channel = self.compensation.order[i]
+        block, code = channel // self.block_size, self.codes[channel]
+        np.rint(np.multiply(target, steps[block], out=code), out=code)
+        np.minimum(np.maximum(code, lowest[block], out=code), highest[block], out=code)
+        error: Float32 = np.multiply(code, self.grid.scales[block], out=self.errors[i])
+        error -= self.wanted[i]
+        return error
+
+    @cached_property
+    def _bounds(self) -> tuple[Float32, Float32, Float32]:
+        """Of the grid: one over its scales, the lowest and the highest code less its zero point, (G, n) each."""
+        zero_points = self.grid.zero_points
+        return np.reciprocal(self.grid.scales), -zero_points, codec.max_code(self.grid.bits) - zero_points
+
+    @cached_property
+    def _scratch(self) -> Float32:
+        return np.empty((FEW_ROWS, self.wanted.shape[1]), np.float32, like=self.wanted)

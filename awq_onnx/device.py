@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,22 @@ from awq_onnx.arrays import Scalar, beside
 from awq_onnx.errors import MissingPackageError
 from awq_onnx.machine import CPU
 from awq_onnx.runtime import CPU_PROVIDERS, CUDA_PROVIDERS, Providers
+from awq_onnx.threads import Spread, one_by_one
 
 
 @dataclass(frozen=True)
 class Device:
-    """like: an array on it. providers: of onnxruntime, the first runs what it can."""
+    """like: an array on it. providers: of onnxruntime, the first runs what it can. turn: to be held by who searches:
+    a GPU gains nothing by two searches at once, which would take twice the memory.
+    """
 
     like: NDArray[Any]
     providers: Providers
+    turn: AbstractContextManager[object] = field(default_factory=nullcontext)
+
+    def map_of(self, spread: Spread) -> Spread:
+        """The map for pieces of work on it: threads bring nothing where what is called returns at once."""
+        return spread if isinstance(self.like, np.ndarray) else one_by_one
 
     def put(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
         """The same numbers on the device."""
@@ -48,4 +58,4 @@ def device_of(name: str) -> Device:
     except Exception as error:  # cupy's own classes: no driver, no GPU, no memory
         reason = runtime.first_line(error)
         raise MissingPackageError(f"device is cuda, but cupy finds no GPU that it can use ({reason})") from error
-    return Device(like, CUDA_PROVIDERS)
+    return Device(like, CUDA_PROVIDERS, Lock())

@@ -31,7 +31,6 @@ from awq_onnx.threads import Spread, one_by_one
 
 HEADROOM = 2  # what calibration saw may be exceeded so much before an activation overflows
 LARGEST_FP16 = np.float32(np.finfo(np.float16).max / HEADROOM)
-STRIPS = 8  # of columns, in float32: what rounding holds of a weight at its peak
 ROUNDED_BYTES = 0.75  # of a weight with its grid, at block size 32
 WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is worth it
 
@@ -112,7 +111,7 @@ def piece_bytes(group: Group, *, drifts: bool) -> int:
 
 def _strip_bytes(group: Group) -> int:
     """About what rounding a strip of columns takes."""
-    return 4 * group.K * STRIPS * min(rounding.STRIP, max(site.N for site in group.sites))
+    return 4 * group.K * rounding.STRIPS * min(rounding.STRIP, max(site.N for site in group.sites))
 
 
 def check_weights(sites: Iterable[Site], opened: OpenedModel) -> None:
@@ -151,6 +150,22 @@ def search_group(
     statistics: of the inputs that calibration has run, by name. formats: of every site; those of one weight have one.
     random: on noise. spread: a map for pieces of work. device: where the statistics are.
     """
+    with device.turn:
+        spread = device.map_of(spread)
+        return _search_group(group, channels, statistics, formats, recipe, opened, random, spread, device)
+
+
+def _search_group(
+    group: Group,
+    channels: ChannelMap | Refusal | None,
+    statistics: Mapping[str, InputStatistics],
+    formats: Mapping[Site, Format],
+    recipe: Recipe,
+    opened: OpenedModel,
+    random: bool,
+    spread: Spread,
+    device: Device,
+) -> Found:
     layers = layers_of(group)
     seen, readers = _readers(layers, statistics, formats, opened, device, spread)
     absorbers = absorbers_of(group, channels, bool(seen))
@@ -202,6 +217,21 @@ def try_group(
 
     The other arguments are those of `search_group`.
     """
+    with device.turn:
+        return _try_group(group, channels, statistics, formats, recipe, opened, random, device.map_of(spread), device)
+
+
+def _try_group(
+    group: Group,
+    channels: ChannelMap | Refusal | None,
+    statistics: Mapping[str, InputStatistics],
+    formats: Mapping[Site, Sequence[Format]],
+    recipe: Recipe,
+    opened: OpenedModel,
+    random: bool,
+    spread: Spread,
+    device: Device,
+) -> dict[Site, Trial]:
     layers = layers_of(group)
     first = {site: some[0] for site, some in formats.items()}
     seen, readers = _readers(layers, statistics, first, opened, device, spread)

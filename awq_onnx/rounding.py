@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from awq_onnx import codec, compensate, grids
-from awq_onnx.arrays import beside, in_memory
+from awq_onnx.arrays import THERE_BYTES, at_once, beside, in_memory
 from awq_onnx.codec import Float32, Format, Grid, UInt8
 from awq_onnx.compensate import Compensation
 from awq_onnx.grids import CLIPPED, FITTED, WHOLE
@@ -26,6 +26,7 @@ from awq_onnx.statistics import InputStatistics
 from awq_onnx.threads import Spread, one_by_one
 
 STRIP = 1024  # columns rounded together: enough to make a step of compensation worth its call, few enough for memory
+STRIPS = 8  # of columns, in float32: what rounding holds of a weight at its peak
 SAMPLED = 128  # columns of a wider weight that several formats are tried on
 PIECE = 1 << 17  # weights worked on at once: with what goes with them they fit into a core's cache
 # What of the mean cost in a block is added to each: what matters here may matter less elsewhere, and what an error
@@ -131,7 +132,7 @@ def _round_readers(
     _ = [reader.emphasis for reader in readers]  # once, before threads ask for it
     compensated = compensation is not None
     grids_of = [_Grids(how.ranges, one.statistics, scale, one.fmt, compensated=compensated) for one in readers]
-    pieces = [(at, strip) for at, reader in enumerate(readers) for strip in slices(reader.N, STRIP)]
+    pieces = [(at, strip) for at, reader in enumerate(readers) for strip in _strips(reader)]
 
     def work(piece: tuple[int, slice]) -> Rounded:
         at, strip = piece
@@ -221,9 +222,15 @@ def _plain_error(weight: Float32, fmt: Format) -> Float32:
     return codec.from_blocks(error, len(weight))
 
 
+def _strips(reader: Reader) -> list[slice]:
+    there = THERE_BYTES // (4 * reader.K * STRIPS)
+    return slices(reader.N, at_once(STRIP, there, reader.statistics.second_moment))
+
+
 def _pieces(blocks: Float32) -> list[slice]:
-    """Blocks (G, b, n) in pieces that fit into a core's cache."""
-    return slices(len(blocks), max(1, PIECE // (blocks.shape[1] * blocks.shape[2])))
+    """Blocks (G, b, n) of a strip in pieces that fit into a core's cache."""
+    here = max(1, PIECE // (blocks.shape[1] * blocks.shape[2]))
+    return slices(len(blocks), at_once(here, len(blocks), blocks))
 
 
 def _plainly_rounded(reader: Reader, refitted: Rounded) -> Rounded:
@@ -234,5 +241,5 @@ def _plainly_rounded(reader: Reader, refitted: Rounded) -> Rounded:
         grid = codec.minmax_grid(blocks, fmt)
         return Rounded.of(codec.centred_codes(blocks, grid), grid)
 
-    plain = Rounded.joined([work(strip) for strip in slices(reader.N, STRIP)])
+    plain = Rounded.joined([work(strip) for strip in _strips(reader)])
     return replace(refitted, codes=plain.codes, grid=plain.grid, loss=refitted.plain_loss)

@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import codec
-from awq_onnx.arrays import beside, in_memory
+from awq_onnx.arrays import THERE_BYTES, at_once, beside, in_memory
 from awq_onnx.codec import Float32, Format
 from awq_onnx.statistics import InputStatistics, IntArray, mean_of
+from awq_onnx.symmetric import runs
 from awq_onnx.threads import Spread, one_by_one
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -39,6 +40,8 @@ MEAN, MAX, WEIGHTS = FORMULAS = ("mean", "max", "weights")
 SAMPLED = 256  # columns of a wider weight that every alpha is tried on
 FINALISTS = 3  # alphas that are then tried on all
 SLICE = 256  # columns worked on at once: they fit into a core's cache
+BUFFERS = 6  # of columns in float32: what trying a scale takes at its peak
+SENT_BYTES = 64 << 20  # of a weight that goes to a device at once: what that takes in memory beside the weight
 SMALLEST_SCALE = 1e-4
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 QUIETEST_HEAD = 1e-6  # of the mean energy: below, a head counts as dead
@@ -72,25 +75,48 @@ class Reader:
 
     def columns(self, columns: Columns = slice(None)) -> Float32:
         """Some columns of the weight: float32 (K, n), contiguous, beside the statistics."""
-        read = beside(np.ascontiguousarray(self.weight[:, columns], dtype=np.float32), self.statistics.second_moment)
+        H, stored = self.statistics.second_moment, self._stored
+        if isinstance(stored, np.ndarray):
+            read = beside(np.ascontiguousarray(stored[:, columns], dtype=np.float32), H)
+        else:
+            some = columns if isinstance(columns, slice) else beside(columns, H)
+            read = np.ascontiguousarray(stored[:, some], dtype=np.float32, like=H)
         return read if self.factor == 1 else read * np.float32(self.factor)
+
+    @cached_property
+    def _stored(self) -> NDArray[Any]:
+        """The weight beside the statistics: it is read several times. In memory where it would take too much there."""
+        weight, H = self.weight, self.statistics.second_moment
+        if isinstance(H, np.ndarray) or weight.nbytes > THERE_BYTES:
+            return weight
+        return _sent(weight, H) if weight.flags.c_contiguous else _sent(weight.T, H).T
+
+    def slices(self) -> list[slice]:
+        """All columns, as many at once as are well worked on where the statistics are."""
+        there = THERE_BYTES // (4 * self.K * BUFFERS)
+        return slices(self.N, at_once(SLICE, there, self.statistics.second_moment))
 
     @cached_property
     def emphasis(self) -> Float32 | None:
         """The root of mean energy / energy of its head, for each column: float32 (N,)."""
         if self.head_size is None:
             return None
-        energies = [in_memory(self.statistics.column_energy(self.columns(some))) for some in slices(self.N, SLICE)]
+        energies = [in_memory(self.statistics.column_energy(self.columns(some))) for some in self.slices()]
         heads = np.concatenate(energies).reshape(-1, self.head_size).mean(axis=1)
         live = heads > heads.mean() * QUIETEST_HEAD
         factors = np.sqrt(np.divide(heads.mean(), heads, out=np.ones_like(heads), where=live))
         emphasis: Float32 = np.repeat(factors, self.head_size)
         return emphasis
 
+    def counts(self, columns: Columns) -> Float32 | None:
+        """`emphasis` of these columns, beside the statistics: float32 (n,)."""
+        return None if self.emphasis is None else beside(self.emphasis[columns], self.statistics.second_moment)
+
     def emphasized(self, error: Float32, columns: Columns = slice(None)) -> Float32:
         """An error (K, n) of these columns, each as much as it counts; in place."""
-        if self.emphasis is not None:
-            error *= beside(self.emphasis[columns], error)
+        counts = self.counts(columns)
+        if counts is not None:
+            error *= counts
         return error
 
 
@@ -186,10 +212,10 @@ class _Losses:
     def _unscaled(self) -> list[NDArray[np.float64]]:
         """What each column of each reader loses without a scale."""
         ones = [np.ones(self._readers[0].K, np.float32)]
-        return [_column_losses(r, ones, _all(r.N), self._spread)[0] for r in self._readers]
+        return [_column_losses(r, ones, r.slices(), self._spread)[0] for r in self._readers]
 
     def _of(self, scales: Sequence[Float32]) -> NDArray[np.float64]:
-        return self._total([_column_losses(r, scales, _all(r.N), self._spread).sum(axis=1) for r in self._readers])
+        return self._total([_column_losses(r, scales, r.slices(), self._spread).sum(axis=1) for r in self._readers])
 
     def _total(self, parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Of what each reader loses."""
@@ -226,12 +252,13 @@ def _sampled_losses(
     mislead.
     """
     if reader.N <= SAMPLED:
-        everywhere: NDArray[np.float64] = _column_losses(reader, scales, _all(reader.N), spread).sum(axis=1)
+        everywhere: NDArray[np.float64] = _column_losses(reader, scales, reader.slices(), spread).sum(axis=1)
         return everywhere
     order = np.argsort(-unscaled, kind="stable")
     loud, quiet = order[: SAMPLED // 2], order[SAMPLED // 2 :]
     some = quiet[:: -(-quiet.size // (SAMPLED // 2))]  # as loud as all of them
-    losses = _column_losses(reader, scales, [loud, some], spread)  # (scales, columns)
+    pieces = [loud, some] if len(reader.slices()) > 1 else [np.concatenate([loud, some])]
+    losses = _column_losses(reader, scales, pieces, spread)  # (scales, columns)
     rest = losses[:, loud.size :].sum(axis=1) * (quiet.size / some.size)
     estimated: NDArray[np.float64] = rest + losses[:, : loud.size].sum(axis=1)
     return estimated
@@ -244,24 +271,32 @@ def _column_losses(
     statistics, fmt = reader.statistics, reader.fmt
     _ = statistics.principal, reader.emphasis  # once, before threads ask for them
 
-    rows = [beside(_rows(scale, fmt.block_size), statistics.second_moment) for scale in scales]
+    rows = beside(np.stack([_rows(scale, fmt.block_size) for scale in scales]), statistics.second_moment)
+    divided_by = beside(np.stack(scales), statistics.second_moment)  # (len(scales), K)
 
     def work(some: Columns) -> Float32:
         blocks = codec.to_blocks(reader.columns(some), fmt.block_size)  # (G, b, n)
         scaled, error = np.empty_like(blocks), np.empty_like(blocks)
-        energies = []
-        for scale, factors in zip(scales, rows, strict=True):
-            plain_error(np.multiply(blocks, factors, out=scaled), fmt, out=error)
-            counted = reader.emphasized(codec.from_blocks(error, scale.size), some)
-            energies.append(statistics.column_energy(counted, scale))
+        counts, energies = reader.counts(some), []
+        for at in range(len(scales)):
+            plain_error(np.multiply(blocks, rows[at], out=scaled), fmt, out=error)
+            counted = codec.from_blocks(error, reader.K)
+            if counts is not None:
+                counted *= counts
+            energies.append(statistics.column_energy(counted, divided_by[at]))
         return in_memory(np.stack(energies))
 
     losses: NDArray[np.float64] = np.concatenate(list(spread(work, columns)), axis=1, dtype=np.float64)
     return losses
 
 
-def _all(columns: int) -> list[slice]:
-    return slices(columns, SLICE)
+def _sent(weight: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+    """A matrix where `other` is, a few rows after the other."""
+    dtype = weight.dtype if weight.dtype.isbuiltin == 1 else np.dtype(np.float32)  # bfloat16 is only ml_dtypes' own
+    sent: NDArray[Any] = np.empty(weight.shape, dtype, like=other)
+    for start, stop in runs(len(weight), max(1, SENT_BYTES // max(weight[:1].nbytes, 1))):
+        sent[start:stop] = beside(np.ascontiguousarray(weight[start:stop], dtype=dtype), other)
+    return sent
 
 
 def slices(columns: int, width: int) -> list[slice]:
@@ -334,14 +369,14 @@ def _tied(values: NDArray[np.float64], tie: IntArray | None) -> NDArray[np.float
 
 def _magnitudes(reader: Reader) -> Float32:
     """max|w| of each row: float32 (K,)."""
-    largest: Float32 = np.max([in_memory(np.abs(reader.columns(some)).max(axis=1)) for some in _all(reader.N)], axis=0)
+    largest: Float32 = np.max([in_memory(np.abs(reader.columns(some)).max(axis=1)) for some in reader.slices()], axis=0)
     return largest
 
 
 def _shares(reader: Reader) -> Float32:
     """mean over N of |w| / max|w| of its block: float32 (K,)."""
     total = np.zeros(reader.K, np.float64)
-    for some in _all(reader.N):
+    for some in reader.slices():
         blocks = np.abs(codec.to_blocks(reader.columns(some), reader.fmt.block_size))
         blocks /= np.maximum(blocks.max(axis=1, keepdims=True), np.float32(SMALLEST_NORMAL))
         total += in_memory(codec.from_blocks(blocks, reader.K).sum(axis=1))

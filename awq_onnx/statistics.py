@@ -91,7 +91,7 @@ class InputStatistics:
 
     def column_energy(self, weight: Float32, scale: Float32 | None = None) -> Float32:
         """About w' H w for every column w of a weight or an error (K, N), over `scale` (K,) if given: float32 (N,).
-        O(8 K N) instead of O(K^2 N), with diag(rest) + U U' in the place of H.
+        O(8 K N) instead of O(K^2 N), with diag(rest) + U U' in the place of H. scale: in memory, or where H is.
         """
         rest, principal = self.rest, self.principal
         if scale is not None:
@@ -190,6 +190,7 @@ class Accumulator:
         validation_rows: if not 0, these rows are for validation, and at most so many of them count. wanted: what they
         should be, (T, K): in every update or in none. spread: a map for pieces of work.
         """
+        spread = self._device.map_of(spread)
         x = self._device.put(np.ascontiguousarray(rows, dtype=np.float32))
         away = None if wanted is None else self._device.put(np.ascontiguousarray(wanted, dtype=np.float32)) - x
         largest = _largest(x)

@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from awq_onnx.arrays import at_once, in_memory
 from awq_onnx.codec import Float32
+from awq_onnx.kernels.arrays import kernel_for
 from awq_onnx.threads import Spread, one_by_one
 
 COLUMNS = 192  # of a product: what of it is symmetric is left out, block by block
 GRAM_COLUMNS = 384  # the same of x'x, and x'y
+COLUMNS_THERE = 1024  # the same of both on a device
 PANEL = 64  # columns of a factor that are made together
+FACTOR_THREADS = 256  # of the kernel that makes the factor of a diagonal block
 
 
 def add_gram(total: Float32, x: Float32, spread: Spread = one_by_one) -> None:
@@ -28,7 +32,8 @@ def add_gram(total: Float32, x: Float32, spread: Spread = one_by_one) -> None:
         if start:
             total[:start, start:stop] += x[:, :start].T @ own
 
-    for _ in spread(add, reversed(list(runs(len(total), GRAM_COLUMNS)))):  # the longest work first
+    columns_at_once = at_once(GRAM_COLUMNS, COLUMNS_THERE, total)
+    for _ in spread(add, reversed(list(runs(len(total), columns_at_once)))):  # the longest work first
         pass
 
 
@@ -39,13 +44,13 @@ def add_product(total: Float32, x: Float32, y: Float32, spread: Spread = one_by_
         start, stop = columns
         total[:, start:stop] += x.T @ y[:, start:stop]
 
-    for _ in spread(add, runs(len(total), GRAM_COLUMNS)):
+    for _ in spread(add, runs(len(total), at_once(GRAM_COLUMNS, COLUMNS_THERE, total))):
         pass
 
 
 def mirror(upper: Float32) -> None:
     """Copy the upper triangle (K, K) to the lower one, in place."""
-    for start, stop in runs(len(upper), COLUMNS):
+    for start, stop in runs(len(upper), at_once(COLUMNS, COLUMNS_THERE, upper)):
         upper[stop:, start:stop] = upper[start:stop, stop:].T
         within = upper[start:stop, start:stop]
         within[...] = np.triu(within) + np.triu(within, 1).T
@@ -53,13 +58,13 @@ def mirror(upper: Float32) -> None:
 
 def quadratic(symmetric: Float32, x: Float32) -> float:
     """tr(x' A x), A (K, K) symmetric, x (K, n): every product of two different blocks is made once."""
-    total = 0.0
-    for start, stop in runs(len(symmetric), COLUMNS):
+    parts = []
+    for start, stop in runs(len(symmetric), at_once(COLUMNS, COLUMNS_THERE, symmetric)):
         product = symmetric[start:stop, start:stop] @ x[start:stop]
         if start:
             product += 2 * (symmetric[start:stop, :start] @ x[:start])
-        total += float(np.vdot(x[start:stop], product))
-    return total
+        parts.append(np.vdot(x[start:stop], product))
+    return float(sum(in_memory(np.stack(parts)).tolist())) if parts else 0.0
 
 
 def cholesky(matrix: Float32, shrink: float) -> list[Float32]:
@@ -75,12 +80,24 @@ def cholesky(matrix: Float32, shrink: float) -> list[Float32]:
         np.fill_diagonal(within, 1)
         if start:
             panel -= matrix[start:, :start] @ matrix[start:stop, :start].T
-        factor = np.linalg.cholesky(within)
-        inverses.append(np.linalg.inv(factor).astype(np.float32, copy=False))
+        factor, inverse = _factor_and_inverse(within)
+        inverses.append(inverse)
         diagonal_block = matrix[start:stop, start:stop]
         np.copyto(diagonal_block, factor, where=np.tri(stop - start, dtype=bool, like=factor))
         matrix[stop:, start:stop] = panel[stop - start :] @ inverses[-1].T
     return inverses
+
+
+def _factor_and_inverse(block: Float32) -> tuple[Float32, Float32]:
+    """L with L L' = A, L lower triangular, and its inverse, for a small A (n, n) of which the lower triangle counts."""
+    kernel = kernel_for(block, "cholesky", "factor_block")
+    if kernel is None:
+        factor = np.linalg.cholesky(block)
+        return factor, np.linalg.inv(factor).astype(np.float32, copy=False)
+    block = np.ascontiguousarray(block, like=block)
+    factor, inverse = np.empty_like(block), np.empty_like(block)
+    kernel((1,), (FACTOR_THREADS,), (block, np.int32(len(block)), factor, inverse))
+    return factor, inverse
 
 
 def solve(factor: Float32, inverses: Sequence[Float32], rows: Float32) -> Float32:

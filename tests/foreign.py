@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-METHODS = ("any", "all", "astype", "copy", "max", "mean", "min", "ravel", "reshape", "sum", "transpose")
+METHODS = ("any", "all", "astype", "copy", "max", "mean", "min", "ravel", "reshape", "sum", "transpose", "view")
 ATTRIBUTES = ("dtype", "itemsize", "nbytes", "ndim", "shape", "size")
 CREATE = {np.asarray, np.zeros, np.empty, np.full, np.eye, np.tri}  # with like=: these may read arrays in memory
 

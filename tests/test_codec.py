@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from builders import run
@@ -234,6 +235,16 @@ def test_a_nearest_scale_in_half_precision_is_exact_in_half_precision() -> None:
     rounded = codec.round_scales(scales, np.float16)
     assert rounded.dtype == np.float32
     assert rounded.tolist() == [float(np.float16(0.1)), float(np.float16(1 / 3)), 1, 1]
+
+
+@given(st.integers(0, 2**32 - 1).map(lambda bits: np.uint32(bits).view(np.float32)), st.integers(0, 2**16 - 1))
+def test_a_nearest_scale_in_bfloat16_is_the_one_of_ml_dtypes(any_scale: np.float32, high: int) -> None:
+    tie = np.uint32(high << 16 | 0x8000).view(np.float32)  # right between two of bfloat16
+    scales = np.array([one for one in (any_scale, tie) if np.isfinite(one)], np.float32)
+    largest = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    nearest = np.clip(scales, -largest, largest).astype(ml_dtypes.bfloat16).astype(np.float32)
+    expected = np.where(np.abs(nearest) < np.finfo(np.float32).smallest_normal, np.float32(1), nearest)
+    np.testing.assert_array_equal(codec.round_scales(scales, ml_dtypes.bfloat16), expected)
 
 
 # onnxruntime

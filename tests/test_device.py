@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,10 +15,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from builders import activations, norm_and_readers, read_by, save, tiny_decoder, weight
+from builders import PLAIN, activations, norm_and_readers, read_by, save, tiny_decoder, weight
 from foreign import Foreign
+from on_cpu import with_kernels
 
-from awq_onnx import Machine, Recipe, codec, compensate, device, grids, pipeline, rounding, runtime, search
+from awq_onnx import Machine, Recipe, codec, compensate, device, grids, groups, pipeline, rounding, runtime, search
 from awq_onnx.arrays import beside, in_memory
 from awq_onnx.cli import main
 from awq_onnx.codec import Format
@@ -103,6 +106,143 @@ def test_choices_and_codes_are_the_same(dtype: Any, head_size: int | None) -> No
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("head_size", [None, 16])
+def test_codes_are_the_same_with_kernels_for_what_goes_channel_by_channel(
+    head_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that share a few causes: what is compensated for."""
+    rng = np.random.default_rng(8)
+    x = (rng.standard_normal((512, 8)) @ rng.standard_normal((8, 150)) + rng.standard_normal((512, 150))).astype(
+        np.float32
+    )
+    w, fmt = weight(rng, 150, 288), Format(32, False, np.dtype(np.float16))
+    (here,) = rounded_on(device.PROCESSOR, x, w, fmt, head_size)
+    plainly = rounding.round_group(
+        [Reader(w, summed(x, device.PROCESSOR), head_size, fmt=fmt)],
+        np.ones(150, np.float32),
+        rounding.Rounding(compensate=False),
+    )[1][0]
+    assert (codec.unpack(here.codes) != codec.unpack(plainly.codes)).mean() > 0.02
+    with_kernels(monkeypatch)
+    (there,) = rounded_on(ELSEWHERE, x, w, fmt, head_size)
+    assert (codec.unpack(there.codes) == codec.unpack(here.codes)).mean() > 0.999
+    assert there.loss == pytest.approx(here.loss, rel=1e-3)
+
+
+def rounded_on(
+    where: Device, x: np.ndarray[Any, Any], w: np.ndarray[Any, Any], fmt: Format, head_size: int | None
+) -> list[rounding.Rounded]:
+    return rounding.round_group([Reader(w, summed(x, where), head_size, fmt=fmt)], np.ones(x.shape[1], np.float32))[1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("room", ["for all of it", "for some of it", "for little"])
+def test_a_weight_is_sent_piece_by_piece_and_stays_where_there_is_room_for_it(
+    dtype: Any, transposed: bool, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SENT_BYTES", {"for all of it": 1 << 20, "for some of it": 1000}.get(room, 1))
+    monkeypatch.setattr(search, "THERE_BYTES", 1 << 20 if room != "for little" else 1)
+    x = activations(np.random.default_rng(3), 64)
+    w = weight(np.random.default_rng(4), *((50, 64) if transposed else (64, 50))).astype(dtype)
+    w = w.T if transposed else w
+    here, there = (Reader(w, summed(x, where), factor=0.5, fmt=PLAIN) for where in (device.PROCESSOR, ELSEWHERE))
+    for some in (slice(None), slice(3, 20), np.array([4, 40, 7])):
+        columns = there.columns(some)
+        assert isinstance(columns, Foreign)
+        np.testing.assert_array_equal(in_memory(columns), here.columns(some))
+    assert isinstance(there._stored, Foreign) == (room != "for little")
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_device_with_little_room_makes_the_same_codes_strip_by_strip(
+    compensated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x, fmt = weight(np.random.default_rng(4), 64, 288), spoiled(), Format(32, False, np.dtype(np.float32))
+    made, strips = [], []
+    round_strip = rounding._round_strip
+    monkeypatch.setattr(rounding, "_round_strip", lambda *args: strips.append(args[1]) or round_strip(*args))
+    for room_bytes in (1 << 30, 4 * 64 * rounding.STRIPS * 100):
+        monkeypatch.setattr(rounding, "THERE_BYTES", room_bytes)
+        monkeypatch.setattr(search, "THERE_BYTES", room_bytes)
+        readers = [Reader(w, summed(x, ELSEWHERE), fmt=fmt)]
+        choice = search.search_scale(readers)
+        _, (rounded,) = rounding.round_group(readers, choice.scale, rounding.Rounding(compensate=compensated))
+        made.append((choice.alpha, rounded.codes.tolist(), rounded.grid.scales.tolist()))
+    assert made[0] == made[1]
+    assert [strip.stop - strip.start for strip in strips] == [288, 96, 96, 96]
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often something came back from the device since this was asked last."""
+    count = [0]
+
+    def counting(name: str) -> None:
+        original = getattr(Foreign, name)
+
+        def counted(self: Foreign) -> Any:
+            count[0] += 1
+            return original(self)
+
+        monkeypatch.setattr(Foreign, name, counted)
+
+    for name in ("get", "__float__", "__bool__"):
+        counting(name)
+
+    def since() -> int:
+        made, count[0] = count[0], 0
+        return made
+
+    return since
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("head_size", [None, 16])
+@pytest.mark.parametrize("N", [96, 288])
+def test_more_alphas_make_no_more_round_trips(
+    N: int, head_size: int | None, scale_dtype: Any, monkeypatch: pytest.MonkeyPatch, trips: Callable[[], int]
+) -> None:
+    w, statistics = weight(np.random.default_rng(4), 64, N), summed(spoiled(), ELSEWHERE)
+    made = []
+    for count in (6, 21, 101):
+        monkeypatch.setattr(search, "ALPHAS", tuple(np.linspace(0, 1, count).tolist()))
+        trips()
+        fmt = Format(PLAIN.block_size, PLAIN.symmetric, np.dtype(scale_dtype))
+        choice = search.search_scale([Reader(w, statistics, head_size, fmt=fmt)])
+        made.append(trips())
+        assert len(choice.losses) == count
+    if N <= search.SAMPLED:
+        assert made[0] == made[1] == made[2] <= 2
+    else:
+        assert max(made) <= 8  # all columns without a scale, some of them, the finalists, and downhill from these
+
+
+def test_rounding_a_strip_brings_back_its_losses_and_what_ships(trips: Callable[[], int]) -> None:
+    (reader,) = [Reader(weight(np.random.default_rng(4), 320, 200), summed(wide(), ELSEWHERE), fmt=PLAIN)]
+    trips()
+    rounding.round_group([reader], np.ones(320, np.float32), rounding.Rounding(compensate=False))
+    assert trips() <= 1 + 3 + 3  # diag H; energy and two losses; codes, scales, zero points
+
+
+def wide() -> np.ndarray[Any, Any]:
+    return activations(np.random.default_rng(3), 320)
+
+
+@pytest.mark.parametrize("quality", ["default", "best"])
+def test_one_search_at_a_time_holds_the_device(quality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, taken = Lock(), []
+    monkeypatch.setattr(pipeline, "device_of", lambda _: replace(ELSEWHERE, turn=turn))
+    for name in ("_search_group", "_try_group"):
+        work = getattr(groups, name)
+        monkeypatch.setattr(groups, name, lambda *args, work=work: taken.append(turn.locked()) or work(*args))
+    model = save(tiny_decoder(), tmp_path / "model.onnx")
+    bytes_made(model, tmp_path / "there", replace(QUICK, quality=quality), "cuda")
+    assert len(taken) > 1
+    assert all(taken)
+    assert not turn.locked()
+
+
 def test_an_input_that_calibration_never_saw_is_there_as_well() -> None:
     flat = InputStatistics.flat(32, ELSEWHERE)
     assert isinstance(flat.second_moment, Foreign)
@@ -155,6 +295,56 @@ def test_cupy_has_all_that_is_used_of_it(tmp_path: Path, monkeypatch: pytest.Mon
     bytes_made(save(tiny_decoder(), tmp_path / "model.onnx"), tmp_path / "there", QUICK, "cuda")
     for name in Foreign.used:
         functools.reduce(getattr, name.split("."), cupy)
+
+
+@pytest.fixture
+def gpu() -> Device:
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed (pip install 'awq-onnx[gpu]')")
+    try:
+        return Device(cupy.empty(0), CPU_PROVIDERS)
+    except Exception as error:  # cupy's own classes
+        pytest.skip(f"there is no GPU that cupy can use ({runtime.first_line(error)})")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("head_size", [None, 16])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_gpu_makes_the_same_choices(gpu: Device, dtype: Any, head_size: int | None, compensated: bool) -> None:
+    rng = np.random.default_rng(9)
+    K, N = 400, 1200
+    x = (rng.standard_normal((2048, 12)) @ rng.standard_normal((12, K)) + rng.standard_normal((2048, K))).astype(
+        np.float32
+    )
+    x[:, 7] *= 30
+    w, fmt = weight(rng, K, N).astype(dtype), Format(32, False, np.dtype(dtype))
+    made = []
+    for where in (device.PROCESSOR, gpu):
+        readers = [Reader(w, summed(x, where), head_size, fmt=fmt)]
+        choice = search.search_scale(readers)
+        made.append((choice, rounding.round_group(readers, choice.scale, rounding.Rounding(compensate=compensated))))
+    (here, (_, (expected,))), (there, (_, (rounded,))) = made
+    assert (there.formula, there.alpha) == (here.formula, here.alpha)
+    np.testing.assert_allclose(there.losses, here.losses, rtol=1e-3)
+    assert (codec.unpack(rounded.codes) == codec.unpack(expected.codes)).mean() > (0.97 if compensated else 0.999)
+    assert rounded.loss == pytest.approx(expected.loss, rel=0.01)
+    assert rounded.plain_loss == pytest.approx(expected.plain_loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formulas", [search.FORMULAS])
+@pytest.mark.parametrize("ranges", [grids.CLIPPED, grids.WHOLE])
+def test_a_gpu_knows_all_formulas_and_ranges(gpu: Device, formulas: tuple[str, ...], ranges: str) -> None:
+    rng = np.random.default_rng(10)
+    x, w = activations(rng, 96, outliers=2), weight(rng, 96, 300)
+    made = []
+    for where in (device.PROCESSOR, gpu):
+        readers = [Reader(w, summed(x, where), fmt=PLAIN)]
+        choice = search.search_scale(readers, candidates=search.Candidates(formulas))
+        _, (rounded,) = rounding.round_group(readers, choice.scale, rounding.Rounding(ranges, compensate=False))
+        made.append((choice.formula, choice.alpha, codec.unpack(rounded.codes)))
+    assert made[0][:2] == made[1][:2]
+    assert (made[0][2] == made[1][2]).mean() > 0.999
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, providers: list[str], cupy: object) -> None:

@@ -9,7 +9,13 @@ def emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     return emulated(tmp_path_factory.mktemp("emulated_gpu"))
 
 
+@pytest.fixture(scope="session")
+def real_gpu() -> Gpu:
+    return gpu()
+
+
 @pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Emulated | Gpu:
     """Every test that takes it runs on the emulated GPU, and on a real one where there is one."""
-    return request.getfixturevalue("emulated_gpu") if request.param == "emulated" else gpu()
+    made: Emulated | Gpu = request.getfixturevalue("emulated_gpu" if request.param == "emulated" else "real_gpu")
+    return made
