@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 MODELS := $(VENV)/.models
 CACHE := $(or $(AWQ_ONNX_CACHE),$(HOME)/.cache/awq-onnx)
 DEMO := $(CACHE)/demo
+C_SOURCES := $(wildcard $(foreach room,awq_onnx/kernels tests/kernels tests/kernels/emulator,\
+	$(addprefix $(room)/*.,c h cpp cu cuh)))
 PROMPT := The three largest cities of France are
 
 # GPU_PYTHON=python3 takes an environment that is there, with cupy, onnxruntime-gpu, pytest and hypothesis in it.
@@ -56,6 +58,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 bench: $(MODELS)
 	$(BIN)/python benchmarks/quality.py --model all

@@ -81,7 +81,9 @@ DEVICE void copy_word(u8 *to, const u8 *from, int word, const u8 *end) {
     const u8 *source = reinterpret_cast<const u8 *>(reinterpret_cast<u64>(from) & ~3ull) + 4 * word;
     const long long left = end - source;
     copy_4(to, left > 0 ? source : reinterpret_cast<const u8 *>(reinterpret_cast<u64>(end - 1) & ~3ull),
-           left >= 4 ? 4 : left > 0 ? static_cast<int>(left) : 0);
+           left >= 4  ? 4
+           : left > 0 ? static_cast<int>(left)
+                      : 0);
 }
 
 // Copies 1, 2 or 4 words that lie within the array, at multiples of their size.

@@ -49,10 +49,8 @@ struct Loader {
         for (int i = 0; i < At::TOKENS / TOKENS_APART; i++) {
             const int m = first_token + token + i * TOKENS_APART;
             const bool inside = m < p.M && k < p.K;
-            if (p.aligned)
-                copy_16(to + i * TOKENS_APART * STAGE * 2, inside ? from + i * step : p.a, inside ? 16 : 0);
-            else
-                *reinterpret_cast<Words4 *>(to + i * TOKENS_APART * STAGE * 2) = activations(p, m, k);
+            if (p.aligned) copy_16(to + i * TOKENS_APART * STAGE * 2, inside ? from + i * step : p.a, inside ? 16 : 0);
+            else *reinterpret_cast<Words4 *>(to + i * TOKENS_APART * STAGE * 2) = activations(p, m, k);
         }
     }
 
@@ -89,8 +87,8 @@ struct Loader {
     }
 };
 
-// The scales and the zero points of one row of the tile, row n of W. They lie in the words that they were copied with, from the
-// byte on at which they start in memory.
+// The scales and the zero points of one row of the tile, row n of W. They lie in the words that they were copied with,
+// from the byte on at which they start in memory.
 template <class T, class At, bool ZERO_POINTS>
 struct Blocks {
     u32 scales, zero_points;  // of the stage's blocks, the first in the lowest bits
@@ -101,7 +99,8 @@ struct Blocks {
         scales = right(words[0], words[1], 16 * (start & 1));
         if (!ZERO_POINTS) return;
         const u32 packed = *reinterpret_cast<const u32 *>(stage + At::ZERO_POINTS + row * 4);
-        const u32 byte = reinterpret_cast<u64>(p.zero_points) + static_cast<u32>(n) * p.zero_point_stride + first_block / 2;
+        const u32 byte =
+            reinterpret_cast<u64>(p.zero_points) + static_cast<u32>(n) * p.zero_point_stride + first_block / 2;
         zero_points = packed >> (8 * (byte & 3) + 4 * (first_block & 1));
     }
     // Twice, as a pair.
@@ -135,8 +134,7 @@ DEVICE void multiply(const awq_params &p, float (&sums)[At::TILES_N][At::TILES_M
         const int block = p.block_shift == 5 ? chunk : 0;
         u32 b[At::TILES_M][4];
 #pragma unroll
-        for (int j = 0; j < At::TILES_M; j++)
-            interleave(b[j], x[8 * j * PIECES + place_of_piece(g, 4 * chunk + t)]);
+        for (int j = 0; j < At::TILES_M; j++) interleave(b[j], x[8 * j * PIECES + place_of_piece(g, 4 * chunk + t)]);
 #pragma unroll
         for (int i = 0; i < At::TILES_N; i++) {
             u32 w[2][4];
@@ -159,10 +157,8 @@ DEVICE void multiply(const awq_params &p, float (&sums)[At::TILES_N][At::TILES_M
 template <class T>
 DEVICE void store(const awq_params &p, int m, int n, float sum) {
     if (m >= p.M || n >= p.N) return;
-    if (p.splits > 1)
-        p.partial[(static_cast<u64>(blockIdx.z) * p.M + m) * p.N + n] = sum;
-    else
-        p.y[static_cast<u64>(m) * p.N + n] = T::narrow(p.bias ? sum + T::wide(p.bias[n]) : sum);
+    if (p.splits > 1) p.partial[(static_cast<u64>(blockIdx.z) * p.M + m) * p.N + n] = sum;
+    else p.y[static_cast<u64>(m) * p.N + n] = T::narrow(p.bias ? sum + T::wide(p.bias[n]) : sum);
 }
 
 template <class T, class At>
@@ -176,8 +172,7 @@ DEVICE void finish(const awq_params &p, const float (&sums)[At::TILES_N][At::TIL
 #pragma unroll
         for (int j = 0; j < At::TILES_M; j++)
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-                store<T>(p, token + 8 * j + c % 2, row + 16 * i + c / 2 * 8, sums[i][j][c]);
+            for (int c = 0; c < 4; c++) store<T>(p, token + 8 * j + c % 2, row + 16 * i + c / 2 * 8, sums[i][j][c]);
 }
 
 template <class T, class At, bool ZERO_POINTS>

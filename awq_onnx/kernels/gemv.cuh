@@ -56,8 +56,7 @@ DEVICE void fetch_scales(const awq_params &p, u8 *stage, int first_row, int firs
     u8 *scales = stage + At::SCALES_AT, *zero_points = stage + At::ZERO_POINTS_AT;
     const u8 *scales_end = scales_of(p, p.N, 0), *zero_points_end = zero_points_of(p, p.N, 0);
     if constexpr (At::WHOLE) {
-        if (lane < ROWS)
-            copy_words<At::SCALES>(scales + lane * At::SCALES * 4, scales_of(p, row, block));
+        if (lane < ROWS) copy_words<At::SCALES>(scales + lane * At::SCALES * 4, scales_of(p, row, block));
         else if (At::ZERO_POINTS)
             copy_word(zero_points + (lane - ROWS) * 4, zero_points_of(p, row, block), 0, zero_points_end);
     } else {

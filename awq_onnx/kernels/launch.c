@@ -23,8 +23,8 @@
     F(cuModuleGetFunction, (void **, void *, const char *))                                                            \
     F(cuFuncSetAttribute, (void *, int, int))                                                                          \
     F(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *, void *, int, size_t))                                       \
-    F(cuLaunchKernel, (void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,  \
-                       void **))
+    F(cuLaunchKernel,                                                                                                  \
+      (void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **))
 
 #define DRIVER_POINTER(name, arguments) int(*name) arguments;
 
@@ -34,7 +34,8 @@ typedef int cublas_gemm_ex(void *, int, int, int, int, int, const void *, const 
 /* CUdevice_attribute, CUfunction_attribute, cudaDataType, cublasComputeType_t, cublasOperation_t, cublasGemmAlgo_t */
 enum { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, MOST_SHARED_BYTES = 97 };
 enum { MAX_DYNAMIC_SHARED_BYTES = 8 };
-enum { CUDA_R_16F = 2, CUDA_R_16BF = 14, CUBLAS_COMPUTE_32F = 68, CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, ANY_ALGORITHM = -1 };
+enum { CUDA_R_16F = 2, CUDA_R_16BF = 14 };
+enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, ANY_ALGORITHM = -1 };
 
 enum { TYPES = 2, WARP_CHOICES = 4, SMALLEST_SHIFT = 5, GEMV_SHIFTS = 3 }; /* the GEMV's blocks: 32, 64, 128 */
 static const char *const TYPE_NAMES[TYPES] = {"f16", "bf16"};
@@ -60,17 +61,19 @@ struct awq_gpu {
     char *driver_name;
     int device, multiprocessors;
     DRIVER_FUNCTIONS(DRIVER_POINTER)
-    cublas_gemm_ex *gemm_ex; /* NULL where there is no cuBLAS */
+    cublas_gemm_ex *gemm_ex;                                    /* NULL where there is no cuBLAS */
     struct kernel gemv[TYPES][GEMV_SHIFTS][2][2][WARP_CHOICES]; /* [whole stages][zero points][log2 of warps] */
     struct kernel gemm[TYPES][TILE_COUNT][2];
     void *plain[TYPES], *dequantize[TYPES], *sum_splits[TYPES], *add_bias[TYPES];
 };
 
-static const char *sentence(const char *format, ...) {
-    static _Thread_local char text[1024];
+const char *awq_sentence(const char *format, ...) {
+    static _Thread_local char texts[2][2048]; /* in turns: one may be part of the other */
+    static _Thread_local int turn = 0;
+    char *text = texts[turn ^= 1];
     va_list values;
     va_start(values, format);
-    vsnprintf(text, sizeof text, format, values);
+    vsnprintf(text, sizeof texts[0], format, values);
     va_end(values);
     return text;
 }
@@ -78,17 +81,18 @@ static const char *sentence(const char *format, ...) {
 static const char *failure(const struct awq_gpu *gpu, const char *what, int code) {
     const char *reason = NULL;
     if (gpu->cuGetErrorString(code, &reason) || !reason) reason = "unknown error";
-    return sentence("CUDA could not %s: %s (error %d)", what, reason, code);
+    return awq_sentence("CUDA could not %s: %s (error %d)", what, reason, code);
 }
 
 /* ---- opening ---- */
 
 static const char *open_driver(struct awq_gpu *gpu, const char *name) {
     void *library = dlopen(name ? name : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!library) return sentence("CUDA's driver cannot be opened (%s): is this a machine with an NVIDIA GPU?", dlerror());
+    if (!library)
+        return awq_sentence("CUDA's driver cannot be opened (%s): is this a machine with an NVIDIA GPU?", dlerror());
 #define OPEN(name, arguments)                                                                                          \
     *(void **)&gpu->name = dlsym(library, #name);                                                                      \
-    if (!gpu->name) return sentence("CUDA's driver is too old: it has no function %s", #name);
+    if (!gpu->name) return awq_sentence("CUDA's driver is too old: it has no function %s", #name);
     DRIVER_FUNCTIONS(OPEN)
     return NULL;
 }
@@ -136,24 +140,25 @@ static const char *load_module(struct awq_gpu *gpu, const char *folder, void **m
     char *image = NULL;
     gpu->cuDeviceGetAttribute(&major, CAPABILITY_MAJOR, gpu->device);
     gpu->cuDeviceGetAttribute(&minor, CAPABILITY_MINOR, gpu->device);
-    if (major < 8) return sentence("the GPU has compute capability %d.%d, the kernels need 8.0", major, minor);
+    if (major < 8) return awq_sentence("the GPU has compute capability %d.%d, the kernels need 8.0", major, minor);
     for (int lower = minor; lower >= 0 && !image; lower--) {
         snprintf(path, sizeof path, "%s/awq_sm_%d%d.cubin", folder, major, lower);
         image = content(path);
     }
     if (!image)
-        return sentence("the kernels for this GPU, awq_sm_%d%d.cubin, are not in %s: make them there with "
-                        "python -m awq_onnx.kernels export",
-                        major, minor, folder);
+        return awq_sentence(
+            "the kernels for this GPU, awq_sm_%d%d.cubin, are not in %s: make them there with "
+            "python -m awq_onnx.kernels export",
+            major, minor, folder);
     const int error = gpu->cuModuleLoadData(module, image);
     free(image);
-    return error ? failure(gpu, sentence("load %s", path), error) : NULL;
+    return error ? failure(gpu, awq_sentence("load %s", path), error) : NULL;
 }
 
 static const char *find(struct awq_gpu *gpu, void *module, const char *name, int shared_bytes, void **function) {
     int error = gpu->cuModuleGetFunction(function, module, name);
     if (!error && shared_bytes) error = gpu->cuFuncSetAttribute(*function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes);
-    return error ? failure(gpu, sentence("use the kernel %s", name), error) : NULL;
+    return error ? failure(gpu, awq_sentence("use the kernel %s", name), error) : NULL;
 }
 
 static const char *find_gemv(struct awq_gpu *gpu, void *module, int type, int shift, int whole, int zero_points) {
@@ -287,7 +292,7 @@ enum way { PLAIN, GEMV, GEMM, CUBLAS };
 /* How a product with M rows is computed. */
 struct plan {
     enum way way;
-    int tile;           /* of TILES, for GEMM */
+    int tile;            /* of TILES, for GEMM */
     int splits, split_K; /* parts of K, for GEMM */
 };
 
@@ -319,7 +324,8 @@ static struct plan make_plan(const struct awq_gpu *gpu, const struct awq_weight 
     struct plan plan = {PLAIN, 0, 1, 0};
     if (M >= CUBLAS_FROM && with_cublas && gpu->gemm_ex) plan.way = CUBLAS;
     else if (weight->block_size < 1 << SMALLEST_SHIFT) plan.way = PLAIN;
-    else if (M <= AWQ_GEMV_TOKENS && weight->N >= AWQ_GEMV_ROWS && weight->block_size < 1 << (SMALLEST_SHIFT + GEMV_SHIFTS))
+    else if (M <= AWQ_GEMV_TOKENS && weight->N >= AWQ_GEMV_ROWS &&
+             weight->block_size < 1 << (SMALLEST_SHIFT + GEMV_SHIFTS))
         plan.way = GEMV;
     else {
         plan.way = GEMM;
@@ -365,9 +371,9 @@ struct shape {
 static const char *launch(const struct awq_gpu *gpu, void *function, const struct shape *shape, struct awq_params *p,
                           void *stream) {
     void *arguments[] = {p};
-    const int error = gpu->cuLaunchKernel(function, (unsigned)shape->grid[0], (unsigned)shape->grid[1],
-                                          (unsigned)shape->grid[2], (unsigned)shape->threads, 1, 1,
-                                          (unsigned)shape->shared_bytes, stream, arguments, NULL);
+    const int error =
+        gpu->cuLaunchKernel(function, (unsigned)shape->grid[0], (unsigned)shape->grid[1], (unsigned)shape->grid[2],
+                            (unsigned)shape->threads, 1, 1, (unsigned)shape->shared_bytes, stream, arguments, NULL);
     return error ? failure(gpu, "run MatMulNBits", error) : NULL;
 }
 
@@ -416,10 +422,10 @@ static const char *run_cublas(const struct awq_gpu *gpu, int type, const struct 
     const char *error = launch(gpu, gpu->dequantize[type], &words, &weight, call->stream);
     if (error) return error;
     /* Row by row as here is column by column for cuBLAS: it makes y' = W a'. */
-    const int status = gpu->gemm_ex(call->cublas, CUBLAS_OP_T, CUBLAS_OP_N, p->N, p->M, p->K, &one, call->workspace,
-                                    kind, p->K, p->a, kind, p->K, &zero, p->y, kind, p->N, CUBLAS_COMPUTE_32F,
-                                    ANY_ALGORITHM);
-    if (status) return sentence("cuBLAS could not run MatMulNBits (status %d)", status);
+    const int status =
+        gpu->gemm_ex(call->cublas, CUBLAS_OP_T, CUBLAS_OP_N, p->N, p->M, p->K, &one, call->workspace, kind, p->K, p->a,
+                     kind, p->K, &zero, p->y, kind, p->N, CUBLAS_COMPUTE_32F, ANY_ALGORITHM);
+    if (status) return awq_sentence("cuBLAS could not run MatMulNBits (status %d)", status);
     struct awq_params sum = *p;
     return p->bias ? launch(gpu, gpu->add_bias[type], &elements, &sum, call->stream) : NULL;
 }
@@ -432,13 +438,9 @@ const char *awq_matmul_nbits(const struct awq_gpu *gpu, const struct awq_weight 
     const int type = type_index(weight->type);
     struct awq_params p = parameters(weight, call);
     switch (plan.way) {
-    case CUBLAS:
-        return run_cublas(gpu, type, &p, call);
-    case GEMM:
-        return run_gemm(gpu, type, &plan, &p, call->workspace, call->stream);
-    case GEMV:
-        return run_gemv(gpu, type, &p, call->stream);
-    default:
-        return run_plain(gpu, type, &p, call->stream);
+        case CUBLAS: return run_cublas(gpu, type, &p, call);
+        case GEMM: return run_gemm(gpu, type, &plan, &p, call->workspace, call->stream);
+        case GEMV: return run_gemv(gpu, type, &p, call->stream);
+        default: return run_plain(gpu, type, &p, call->stream);
     }
 }

@@ -33,6 +33,9 @@ struct awq_call {
     void *stream;            /* CUstream */
 };
 
+/* What a function has to say, formatted as by printf: good until the calling thread has said two things more. */
+const char *awq_sentence(const char *format, ...);
+
 /* A device with its kernels loaded. */
 struct awq_gpu;
 

@@ -34,7 +34,7 @@ typedef struct {
     F(OrtStatus *, CreateStatus, 0, (int code, const char *message))                                                   \
     F(OrtStatus *, CreateCustomOpDomain, 26, (const char *name, OrtCustomOpDomain **domain))                           \
     F(OrtStatus *, CustomOpDomain_Add, 27, (OrtCustomOpDomain * domain, const OrtCustomOp *op))                        \
-    F(OrtStatus *, AddCustomOpDomain, 28, (OrtSessionOptions * options, OrtCustomOpDomain *domain))                    \
+    F(OrtStatus *, AddCustomOpDomain, 28, (OrtSessionOptions * options, OrtCustomOpDomain * domain))                   \
     F(OrtStatus *, GetTensorMutableData, 51, (OrtValue * value, void **data))                                          \
     F(OrtStatus *, CastTypeInfoToTensorInfo, 55, (const OrtTypeInfo *info, const OrtTensorTypeAndShapeInfo **tensor))  \
     F(OrtStatus *, CreateTensorTypeAndShapeInfo, 57, (OrtTensorTypeAndShapeInfo * *info))                              \
@@ -63,8 +63,7 @@ typedef struct {
     F(void, ReleaseAllocator, 132, (OrtAllocator * allocator))                                                         \
     F(OrtStatus *, KernelContext_GetGPUComputeStream, 193, (const OrtKernelContext *context, void **stream))           \
     F(OrtStatus *, KernelInfo_GetInputCount, 230, (const OrtKernelInfo *info, size_t *count))                          \
-    F(OrtStatus *, KernelInfo_GetInputName, 232,                                                                       \
-      (const OrtKernelInfo *info, size_t index, char *name, size_t *bytes))                                            \
+    F(OrtStatus *, KernelInfo_GetInputName, 232, (const OrtKernelInfo *info, size_t index, char *name, size_t *bytes)) \
     F(OrtStatus *, KernelInfo_GetInputTypeInfo, 234, (const OrtKernelInfo *info, size_t index, OrtTypeInfo **type))    \
     F(OrtStatus *, GetSessionConfigEntry, 238,                                                                         \
       (const OrtSessionOptions *options, const char *key, char *value, size_t *bytes))                                 \
@@ -77,8 +76,7 @@ typedef struct {
       (const OrtShapeInferContext *context, const char *name, const OrtOpAttr **attribute))                            \
     F(OrtStatus *, ShapeInferContext_SetOutputTypeShape, 270,                                                          \
       (const OrtShapeInferContext *context, size_t index, const OrtTensorTypeAndShapeInfo *info))                      \
-    F(OrtStatus *, SetSymbolicDimensions, 271,                                                                         \
-      (OrtTensorTypeAndShapeInfo * info, const char **names, size_t count))                                            \
+    F(OrtStatus *, SetSymbolicDimensions, 271, (OrtTensorTypeAndShapeInfo * info, const char **names, size_t count))   \
     F(OrtStatus *, ReadOpAttr, 272,                                                                                    \
       (const OrtOpAttr *attribute, int type, void *data, size_t bytes, size_t *needed_bytes))                          \
     F(OrtStatus *, KernelContext_GetScratchBuffer, 277,                                                                \
@@ -92,13 +90,13 @@ struct ort {
     ORT_FUNCTIONS(DECLARE)
 };
 
-enum { API_VERSION = 18, OLDEST_API = 1 };      /* the first with index 278 */
-enum { OP_VERSION = 17 };                       /* of struct OrtCustomOp: the first with all that is filled below */
-enum { FAIL = 1, INVALID_ARGUMENT = 2 };        /* OrtErrorCode */
-enum { REQUIRED = 0, OPTIONAL = 1 };            /* OrtCustomOpInputOutputCharacteristic */
-enum { ANY_TYPE = 0, UINT8 = 2 };               /* ONNXTensorElementDataType; those of numbers are in enum awq_type */
-enum { DEFAULT_MEMORY = 0 };                    /* OrtMemType */
-enum { INTEGER_ATTRIBUTE = 1 };                 /* OrtOpAttrType */
+enum { API_VERSION = 18, OLDEST_API = 1 };       /* the first with index 278 */
+enum { OP_VERSION = 17 };                        /* of struct OrtCustomOp: the first with all that is filled below */
+enum { FAIL = 1, INVALID_ARGUMENT = 2 };         /* OrtErrorCode */
+enum { REQUIRED = 0, OPTIONAL = 1 };             /* OrtCustomOpInputOutputCharacteristic */
+enum { ANY_TYPE = 0, UINT8 = 2 };                /* ONNXTensorElementDataType; those of numbers are in enum awq_type */
+enum { DEFAULT_MEMORY = 0 };                     /* OrtMemType */
+enum { INTEGER_ATTRIBUTE = 1 };                  /* OrtOpAttrType */
 enum { CUDA_RESOURCES = 1, CUBLAS = 10000 + 2 }; /* version and id of a CudaResource */
 
 /* The interface of a custom op, as onnxruntime lays it out. */

@@ -8,7 +8,6 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,15 +65,6 @@ static struct registration *registrations = NULL;
 static atomic_long calls;
 
 /* ---- errors ---- */
-
-static const char *sentence(const char *format, ...) {
-    static _Thread_local char text[2048];
-    va_list values;
-    va_start(values, format);
-    vsnprintf(text, sizeof text, format, values);
-    va_end(values);
-    return text;
-}
 
 static OrtStatus *failed(const struct ort *ort, const char *reason) { return ort->CreateStatus(FAIL, reason); }
 
@@ -145,11 +135,10 @@ static int64_t attribute(const struct ort *ort, const OrtKernelInfo *info, const
 static const char *refusal_of_format(const struct ort *ort, const OrtKernelInfo *info) {
     const int64_t bits = attribute(ort, info, "bits", 4);
     if (bits != 4)
-        return sentence("its weight has %lld bits, where the kernels know 4: " ELSE_ADOPT, (long long)bits);
+        return awq_sentence("its weight has %lld bits, where the kernels know 4: " ELSE_ADOPT, (long long)bits);
     if (attribute(ort, info, "weight_prepacked", 0))
         return "its weight is packed for another kernel: take the model as it was before";
-    if (look_at(ort, info, G_IDX).given)
-        return "it has the input g_idx, which the kernels do not know: " ELSE_ADOPT;
+    if (look_at(ort, info, G_IDX).given) return "it has the input g_idx, which the kernels do not know: " ELSE_ADOPT;
     const struct tensor zero_points = look_at(ort, info, ZERO_POINTS);
     if (zero_points.given && zero_points.type != UINT8)
         return "its zero points are not uint8, two in a byte: quantize the model with awq-onnx, or " ELSE_ADOPT;
@@ -160,14 +149,10 @@ static const char *refusal_of_format(const struct ort *ort, const OrtKernelInfo 
 static int64_t size_of_input(const struct awq_weight *weight, enum input input) {
     const int64_t G = (weight->K + weight->block_size - 1) / weight->block_size;
     switch (input) {
-    case CODES:
-        return weight->N * G * weight->block_size / 2;
-    case SCALES:
-        return weight->N * G;
-    case ZERO_POINTS:
-        return weight->N * ((G + 1) / 2);
-    default:
-        return weight->N;
+        case CODES: return weight->N * G * weight->block_size / 2;
+        case SCALES: return weight->N * G;
+        case ZERO_POINTS: return weight->N * ((G + 1) / 2);
+        default: return weight->N;
     }
 }
 
@@ -186,13 +171,13 @@ static const char *refusal_of_tensors(const struct ort *ort, const OrtKernelInfo
         const int64_t size = size_of_input(weight, wanted[i].input);
         if (!tensor.given) continue;
         if (tensor.type != wanted[i].type)
-            return sentence("its %s are not of %s: the model is broken", wanted[i].name,
-                            wanted[i].type == UINT8 ? "uint8" : "the type that A has");
+            return awq_sentence("its %s are not of %s: the model is broken", wanted[i].name,
+                                wanted[i].type == UINT8 ? "uint8" : "the type that A has");
         if (tensor.elements < 0)
-            return sentence("the shape of its %s is not known before it runs: make them constants", wanted[i].name);
+            return awq_sentence("the shape of its %s is not known before it runs: make them constants", wanted[i].name);
         if (tensor.elements != size)
-            return sentence("its %s are %lld numbers, where N, K and block_size make %lld: the model is broken",
-                            wanted[i].name, (long long)tensor.elements, (long long)size);
+            return awq_sentence("its %s are %lld numbers, where N, K and block_size make %lld: the model is broken",
+                                wanted[i].name, (long long)tensor.elements, (long long)size);
     }
     return NULL;
 }
@@ -233,8 +218,9 @@ static OrtStatus *create_kernel(const OrtCustomOp *interface, const void *api, c
     const struct op *op = (const struct op *)interface;
     const struct ort *ort = &op->registration->ort;
     if (strcmp(op->provider, op->registration->configuration.provider))
-        return refused(ort, info, "the kernels were registered for CUDA, and the session runs it on the CPU: create it "
-                                  "with providers=['CUDAExecutionProvider'], or do not register them");
+        return refused(ort, info,
+                       "the kernels were registered for CUDA, and the session runs it on the CPU: create it "
+                       "with providers=['CUDAExecutionProvider'], or do not register them");
     struct kernel *kernel = calloc(1, sizeof *kernel);
     if (!kernel) return failed(ort, "awq-onnx: there is no memory left");
     kernel->registration = op->registration;
@@ -260,8 +246,8 @@ static OrtStatus *shape_of_output(const struct kernel *kernel, const OrtValue *a
     if (!status && (*count < 1 || *count > MOST_AXES)) status = failed(ort, "awq-onnx: A has no axis, or too many");
     if (!status) status = ort->GetDimensions(shape, dims, *count);
     if (!status && dims[*count - 1] != kernel->weight.K)
-        status = failed(ort, sentence("awq-onnx: the rows of A have %lld numbers, not the %lld of attribute K",
-                                      (long long)dims[*count - 1], (long long)kernel->weight.K));
+        status = failed(ort, awq_sentence("awq-onnx: the rows of A have %lld numbers, not the %lld of attribute K",
+                                          (long long)dims[*count - 1], (long long)kernel->weight.K));
     if (shape) ort->ReleaseTensorTypeAndShapeInfo(shape);
     if (status) return status;
     *M = product(dims, *count - 1);
@@ -366,11 +352,10 @@ static OrtStatus *infer_shape(const OrtCustomOp *interface, OrtShapeInferContext
     const int known = done(ort, ort->ShapeInferContext_GetAttribute(context, "N", &attribute)) &&
                       done(ort, ort->ReadOpAttr(attribute, INTEGER_ATTRIBUTE, &N, sizeof N, &bytes)) &&
                       done(ort, ort->ShapeInferContext_GetInputTypeShape(context, A, &a)) &&
-                      done(ort, ort->GetTensorElementType(a, &type)) &&
-                      done(ort, ort->GetDimensionsCount(a, &count)) && count >= 1 && count <= MOST_AXES &&
-                      done(ort, ort->GetDimensions(a, dims, count)) &&
+                      done(ort, ort->GetTensorElementType(a, &type)) && done(ort, ort->GetDimensionsCount(a, &count)) &&
+                      count >= 1 && count <= MOST_AXES && done(ort, ort->GetDimensions(a, dims, count)) &&
                       done(ort, ort->GetSymbolicDimensions(a, names, count));
-    if (!known) return NULL; /* it is known when it runs */
+    if (!known) return NULL;               /* it is known when it runs */
     for (size_t i = 0; i + 1 < count; i++) /* there is no way to say that an axis is unknown and has no name */
         if (dims[i] < 0 && !*names[i]) return NULL;
     dims[count - 1] = N;
@@ -385,9 +370,7 @@ static const char *name_of(const OrtCustomOp *op) {
     return "MatMulNBits";
 }
 
-static const char *provider_of(const OrtCustomOp *op) {
-    return ((const struct op *)op)->provider;
-}
+static const char *provider_of(const OrtCustomOp *op) { return ((const struct op *)op)->provider; }
 
 static size_t input_count(const OrtCustomOp *op) {
     (void)op;
@@ -536,8 +519,8 @@ static OrtStatus *register_ops(OrtSessionOptions *options, const OrtApiBase *bas
 
 static OrtStatus *too_old(const OrtApiBase *base) {
     const struct ort ort = {.CreateStatus = (OrtStatus * (*)(int, const char *)) base->GetApi(OLDEST_API)[0]};
-    return failed(&ort, sentence("awq-onnx's kernels need onnxruntime 1.%d or later, this is %s", API_VERSION,
-                                 base->GetVersionString()));
+    return failed(&ort, awq_sentence("awq-onnx's kernels need onnxruntime 1.%d or later, this is %s", API_VERSION,
+                                     base->GetVersionString()));
 }
 
 /* What onnxruntime calls. */
@@ -567,7 +550,7 @@ const char *awq_configure(const char *provider, const char *driver, const char *
 const char *awq_configure(const char *provider, const char *driver, const char *folder) {
     int ok = 1;
     const char *known = !provider || same(provider, CUDA_PROVIDER) ? CUDA_PROVIDER : CPU_PROVIDER;
-    if (provider && !same(provider, known)) return sentence("there are no kernels for %s", provider);
+    if (provider && !same(provider, known)) return awq_sentence("there are no kernels for %s", provider);
     /* Copies are never freed: registrations go on using them. They are few and short. */
     const struct configuration next = {known, copy(driver, &ok), copy(folder, &ok)};
     if (!ok) return "there is no memory left";

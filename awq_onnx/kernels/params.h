@@ -4,19 +4,19 @@
 
 /* Of 16-bit floats only the bits are known here. G blocks in a row of K inputs; padded_K = G block_size. */
 struct awq_params {
-    const unsigned short *a;           /* (M, K) */
-    const unsigned char *codes;        /* (N, padded_K / 2): two codes in a byte, the first in the low half */
-    const unsigned short *scales;      /* (N, G) */
-    const unsigned char *zero_points;  /* (N, zero_point_stride), two in a byte; NULL: 8 everywhere */
-    const unsigned short *bias;        /* (N,) or NULL */
-    unsigned short *y;                 /* (M, N); for the kernel `dequantize`: the weight (N, K) */
-    float *partial;                    /* (splits, M, N): sums over parts of K, where splits > 1 */
+    const unsigned short *a;          /* (M, K) */
+    const unsigned char *codes;       /* (N, padded_K / 2): two codes in a byte, the first in the low half */
+    const unsigned short *scales;     /* (N, G) */
+    const unsigned char *zero_points; /* (N, zero_point_stride), two in a byte; NULL: 8 everywhere */
+    const unsigned short *bias;       /* (N,) or NULL */
+    unsigned short *y;                /* (M, N); for the kernel `dequantize`: the weight (N, K) */
+    float *partial;                   /* (splits, M, N): sums over parts of K, where splits > 1 */
     int M, N, K;
     int G, padded_K, zero_point_stride;
-    int block_shift;                   /* block_size = 1 << block_shift */
-    int splits;                        /* into how many parts K is cut */
-    int split_K;                       /* inputs in a part, a multiple of 64 */
-    int aligned;                       /* rows of `a` (of the weight, for `dequantize`) start at multiples of 16 bytes */
+    int block_shift; /* block_size = 1 << block_shift */
+    int splits;      /* into how many parts K is cut */
+    int split_K;     /* inputs in a part, a multiple of 64 */
+    int aligned;     /* rows of `a` (`dequantize`: of the weight) start at multiples of 16 bytes */
 };
 
 /* A tile of the GEMV: rows of W, rows of `a`; inputs in a stage; stages in the ring of each warp. */
@@ -37,8 +37,8 @@ struct awq_params {
     (AWQ_GEMV_ROWS * (AWQ_GEMV_STAGE / 2 + 4 * AWQ_GEMV_SCALE_WORDS(block_shift) +                                     \
                       ((zero_points) ? 4 * AWQ_GEMV_ZERO_POINT_WORDS : 0)))
 #define AWQ_GEMV_SHARED_BYTES(warps, block_shift, zero_points)                                                         \
-    ((warps) * (AWQ_GEMV_STAGES * AWQ_GEMV_STAGE_BYTES(block_shift, zero_points) +                                     \
-                2 * AWQ_GEMV_TOKENS * AWQ_GEMV_PITCH * 4))
+    ((warps) *                                                                                                         \
+     (AWQ_GEMV_STAGES * AWQ_GEMV_STAGE_BYTES(block_shift, zero_points) + 2 * AWQ_GEMV_TOKENS * AWQ_GEMV_PITCH * 4))
 
 /* The GEMM, likewise; a stage holds activations too. */
 #define AWQ_GEMM_STAGE 64

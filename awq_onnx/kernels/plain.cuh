@@ -8,8 +8,8 @@ template <class T>
 DEVICE void dequantize_word(const awq_params &p, float (&w)[8], int n, int word) {
     const int block = 8 * word >> p.block_shift;
     const float scale = T::wide(p.scales[static_cast<u64>(n) * p.G + block]);
-    const u32 zero_point = p.zero_points ? zero_point_of(p.zero_points + static_cast<u64>(n) * p.zero_point_stride, block)
-                                         : 8u;
+    const u32 zero_point =
+        p.zero_points ? zero_point_of(p.zero_points + static_cast<u64>(n) * p.zero_point_stride, block) : 8u;
     const u32 codes = reinterpret_cast<const u32 *>(p.codes + static_cast<u64>(n) * (p.padded_K / 2))[word];
 #pragma unroll
     for (int i = 0; i < 8; i++)

@@ -10,7 +10,7 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 // A kernel of at most `threads` in a block, registers so few that `blocks` of them fit on a multiprocessor.
-#define KERNEL(name, threads, blocks) \
+#define KERNEL(name, threads, blocks)                                                                                  \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const awq_params p)
 
 // Words that are read at once.

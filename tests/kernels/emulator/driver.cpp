@@ -51,9 +51,7 @@ int cuFuncSetAttribute(void *, int attribute, int value) {
     return attribute == 8 && value <= static_cast<int>(SHARED_BYTES) ? SUCCESS : INVALID;
 }
 
-int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *, int, size_t) {
-    return *blocks = BLOCKS, SUCCESS;
-}
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *, int, size_t) { return *blocks = BLOCKS, SUCCESS; }
 
 int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared_bytes, void *, void **arguments, void **) {

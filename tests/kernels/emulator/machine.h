@@ -173,8 +173,7 @@ inline void run_block(Block &now) {
     for (unsigned i = 0; i < size; i++) {
         Thread &one = now.threads[i];
         one = Thread();
-        one.index = {i % now.dimension.x, i / now.dimension.x % now.dimension.y,
-                     i / now.dimension.x / now.dimension.y};
+        one.index = {i % now.dimension.x, i / now.dimension.x % now.dimension.y, i / now.dimension.x / now.dimension.y};
         now.warps[i / 32].size++;
         start(one, i);
     }

@@ -12,9 +12,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE inline
-#define KERNEL(name, threads, blocks)                            \
-    void name(const awq_params p);                               \
-    static const machine::Registration registered_##name(#name, name); \
+#define KERNEL(name, threads, blocks)                                                                                  \
+    void name(const awq_params p);                                                                                     \
+    static const machine::Registration registered_##name(#name, name);                                                 \
     void name(const awq_params p)
 #define threadIdx (machine::block->running->index)
 #define blockIdx (machine::block->index)
@@ -86,9 +86,9 @@ struct Pairs {
     static u32 multiply_add(u32 x, u32 y, u32 z) {
         u32 sum = 0;
         for (int i = 0; i < 32; i += 16)
-            sum |= static_cast<u32>(T::rounded(static_cast<double>(T::wide(x >> i)) * T::wide(y >> i) +
-                                               T::wide(z >> i)))
-                   << i;
+            sum |=
+                static_cast<u32>(T::rounded(static_cast<double>(T::wide(x >> i)) * T::wide(y >> i) + T::wide(z >> i)))
+                << i;
         return sum;
     }
     static u32 multiply(u32 x, u32 y) { return multiply_add(x, y, 0x80008000u); }
