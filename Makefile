@@ -81,12 +81,12 @@ $(GPU_STAMP): pyproject.toml
 	touch $@
 
 gpu-test: $(GPU_READY)
-	AWQ_ONNX_GPU_TESTS=1 $(GPU_PYTHON) -m pytest -m gpu
+	AWQ_ONNX_GPU_TESTS=1 $(GPU_PYTHON) -m pytest -m gpu $(shell grep -rl --include='test_*.py' mark.gpu tests)
 
 gpu-bench: $(GPU_READY)
-	@for bench in $(GPU_BENCHES); do \
-		echo "## $$bench" && echo && PYTHONPATH=. $(GPU_PYTHON) benchmarks/$$bench && echo || exit 1; \
-	done > $(GPU_TABLE).unfinished && mv $(GPU_TABLE).unfinished $(GPU_TABLE) && cat $(GPU_TABLE)
+	@failed=; for bench in $(GPU_BENCHES); do \
+		echo "## $$bench"; echo; PYTHONPATH=. $(GPU_PYTHON) benchmarks/$$bench || failed="$$failed $${bench%%.py*}"; echo; \
+	done > $(GPU_TABLE); cat $(GPU_TABLE); test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 gpu-resources: $(STAMP)
 	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm

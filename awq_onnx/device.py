@@ -44,7 +44,7 @@ def device_of(name: str) -> Device:
     """One of `machine.DEVICES`. Raises MissingPackageError where the machine or its packages have no such thing."""
     if name == CPU:
         return PROCESSOR
-    if CUDA_PROVIDERS[0][0] not in runtime.onnxruntime().get_available_providers():
+    if not runtime.find_cuda():
         raise MissingPackageError(
             "device is cuda, but the installed onnxruntime cannot use it: pip uninstall onnxruntime, then "
             "pip install 'awq-onnx[gpu]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,19 @@ def onnxruntime() -> ModuleType:
         )
     checked: ModuleType = module
     return checked
+
+
+def find_cuda() -> bool:
+    """Whether onnxruntime has its CUDA provider. The libraries that it needs are loaded where they came as packages,
+    which no loader looks into.
+    """
+    module = onnxruntime()
+    if CUDA_PROVIDERS[0][0] not in module.get_available_providers():
+        return False
+    if hasattr(module, "preload_dlls"):  # onnxruntime 1.21
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            module.preload_dlls()
+    return True
 
 
 def session(

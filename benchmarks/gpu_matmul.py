@@ -19,6 +19,7 @@ runs a model of as many MatMulNBits nodes under its own CUDA graph, once with it
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ from awq_onnx.errors import AwqOnnxError, MissingPackageError
 from awq_onnx.kernels import compile as compiler
 from awq_onnx.kernels import library
 from awq_onnx.kernels.launcher import Launcher, Weight
-from awq_onnx.runtime import onnxruntime
+from awq_onnx.runtime import find_cuda, onnxruntime
 
 SIZES = ("1024x4096", "4096x4096", "4096x11008", "8192x8192", "11008x4096", "28672x4096", "128256x4096")  # N x K
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
@@ -108,8 +109,10 @@ class Gpu:
         import cupy
 
         self.cupy = cupy
+        self.cublas = int(cupy.cuda.device.get_cublas_handle())  # and its library, which the launcher looks for
         self.launcher = Launcher(library.path(), folder)
         self.stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.cublas.setStream(self.cublas, self.stream.ptr)
         properties = cupy.cuda.runtime.getDeviceProperties(0)
         self.name, self.l2_bytes = properties["name"].decode(), int(properties["l2CacheSize"])
 
@@ -124,6 +127,7 @@ class Gpu:
 
     def seconds(self, launch: Callable[[], object]) -> float:
         """Of a CUDA graph of what `launch` launches on our stream."""
+        self.cupy.cuda.runtime.deviceSynchronize()  # what was sent on other streams is there
         with self.stream:
             launch()
             self.stream.synchronize()
@@ -192,7 +196,6 @@ def _floats(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, std: f
 def ours(problem: Problem, tensors: Tensors, device: Gpu) -> float:
     """Seconds of one product with our kernels, outside of onnxruntime."""
     cupy, launcher = device.cupy, device.launcher
-    cublas = int(cupy.cuda.device.get_cublas_handle())
     y = cupy.empty((problem.M, problem.N), tensors.a.dtype)
     onnx_type = 10 if problem.dtype == "float16" else 16
     weight = Weight(problem.N, problem.K, problem.block_size, onnx_type)
@@ -200,8 +203,6 @@ def ours(problem: Problem, tensors: Tensors, device: Gpu) -> float:
     products = problem.products(tensors.count)
 
     def launch() -> None:
-        stream = device.stream.ptr
-        cupy.cuda.cublas.setStream(cublas, stream)
         for i in range(products):
             which = i % tensors.count
             zero_points = None if tensors.zero_points is None else tensors.zero_points[which]
@@ -212,15 +213,15 @@ def ours(problem: Problem, tensors: Tensors, device: Gpu) -> float:
                 zero_points,
                 out=y,
                 workspace=workspace,
-                cublas=cublas,
-                stream=stream,
+                cublas=device.cublas,
+                stream=device.stream.ptr,
             )
 
     return device.seconds(launch) / products
 
 
 def cublas(problem: Problem, device: Gpu) -> float | None:
-    """Seconds of one product with a weight of float16; None for bfloat16, which cupy does not multiply."""
+    """Seconds of one product with a weight of float16; None for bfloat16, of which cupy makes no random numbers."""
     if problem.dtype != "float16":
         return None
     cupy = device.cupy
@@ -229,12 +230,36 @@ def cublas(problem: Problem, device: Gpu) -> float | None:
     weights = [cupy.random.standard_normal((problem.N, problem.K), np.float32).astype(np.float16) for _ in range(count)]
     y = cupy.empty((problem.M, problem.N), np.float16)
     products = problem.products(count)
+    multiply = _gemm(device, problem, a.data.ptr, y.data.ptr)
 
     def launch() -> None:
         for i in range(products):
-            cupy.matmul(a, weights[i % count].T, out=y)
+            multiply(weights[i % count].data.ptr)
 
     return device.seconds(launch) / products
+
+
+def _gemm(device: Gpu, problem: Problem, a: int, y: int) -> Callable[[int], None]:
+    """y = a W' in float16 for the address of a weight: cuBLAS itself, for cupy has no part in a capture.
+
+    What cuBLAS takes for columns are rows here: it makes y' = W a'. Constants as in cuBLAS' documentation.
+    """
+    version = device.cupy.cuda.runtime.runtimeGetVersion() // 1000
+    gemm = ctypes.CDLL(f"libcublas.so.{version}").cublasGemmEx
+    address, number = ctypes.c_void_p, ctypes.c_int
+    matrix = (address, number, number)  # type, leading dimension
+    gemm.argtypes = (address, *[number] * 5, address, *matrix, *matrix, address, *matrix, number, number)
+    one, zero = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))
+    M, N, K = problem.M, problem.N, problem.K
+    half, single, any_algorithm = 2, 68, -1
+
+    def multiply(weight: int) -> None:
+        status = gemm(
+            device.cublas, 1, 0, N, M, K, one, weight, half, K, a, half, K, zero, y, half, N, single, any_algorithm
+        )
+        assert status == 0, f"cuBLAS fails with status {status}"
+
+    return multiply
 
 
 def inside_onnxruntime(
@@ -372,7 +397,7 @@ def table(output: Path | None) -> Iterator[Callable[[str], None]]:
 
 def _has_provider(device: Gpu | Processor) -> bool:
     try:
-        return device.provider in onnxruntime().get_available_providers()
+        return find_cuda() if isinstance(device, Gpu) else bool(onnxruntime())
     except MissingPackageError:
         return False
 

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from builders import PLAIN, activations, norm_and_readers, read_by, save, tiny_decoder, weight
 from foreign import Foreign
+from gpus import skipped_without_a_gpu
 from on_cpu import with_kernels
 
 from awq_onnx import Machine, Recipe, codec, compensate, device, grids, groups, pipeline, rounding, runtime, search
@@ -299,11 +300,10 @@ def test_cupy_has_all_that_is_used_of_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def gpu() -> Device:
-    cupy = pytest.importorskip("cupy", reason="cupy is not installed (pip install 'awq-onnx[gpu]')")
-    try:
+    with skipped_without_a_gpu():
+        import cupy
+
         return Device(cupy.empty(0), CPU_PROVIDERS)
-    except Exception as error:  # cupy's own classes
-        pytest.skip(f"there is no GPU that cupy can use ({runtime.first_line(error)})")
 
 
 @pytest.mark.gpu

@@ -6,7 +6,8 @@
 // (1, 5), (2, 6), (3, 7): activations are put into the same order, see `interleave`.
 #pragma once
 
-// unpack: q - zero point for the eight codes of a word. offset: what the zero point z of their block makes of that.
+// unpack: q - zero point for the eight codes of a word. offset: what the zero point of their block makes of that, where
+// byte `at` of a word holds it.
 template <class T>
 struct Codes;
 
@@ -17,9 +18,9 @@ struct Codes<Half> {
     struct Offset {
         u32 low, high;
     };
-    static DEVICE Offset offset(u32 zero_point) {
-        const u32 both = zero_point * 0x10001u;
-        return {both | 0xe400e400u, both * 16 + 0xd400d400u};
+    static DEVICE Offset offset(u32 zero_points, int at) {
+        return {select_bytes(zero_points, 0xe4e4e4e4u, 0x4040 + 0x101 * at),
+                select_bytes(zero_points << 4, 0xd4d4d4d4u, 0x4040 + 0x101 * at)};
     }
     static DEVICE void unpack(u32 (&pairs)[4], u32 word, Offset offset) {
         const u32 one = 0x3c003c00u, sixteenth = 0x2c002c00u;
@@ -33,10 +34,13 @@ struct Codes<Half> {
 
 template <>
 struct Codes<Bfloat> {
+    // -(128 + z) in both halves.
     struct Offset {
         u32 low;
     };
-    static DEVICE Offset offset(u32 zero_point) { return {(0xc300u | zero_point) * 0x10001u}; }
+    static DEVICE Offset offset(u32 zero_points, int at) {
+        return {select_bytes(zero_points, 0xc3c3c3c3u, 0x4040 + 0x101 * at)};
+    }
     static DEVICE void unpack(u32 (&pairs)[4], u32 word, Offset offset) {
         const u32 one = 0x3f803f80u;
 #pragma unroll
@@ -76,17 +80,14 @@ DEVICE const u8 *zero_points_of(const awq_params &p, int row, int block) {
     return p.zero_points + static_cast<u64>(row) * p.zero_point_stride + block / 2;
 }
 
-// Copies one 4-byte word, counted from the one that `from` lies in, as far as it lies before `end`, then zeros.
-DEVICE void copy_word(u8 *to, const u8 *from, int word, const u8 *end) {
-    const u8 *source = reinterpret_cast<const u8 *>(reinterpret_cast<u64>(from) & ~3ull) + 4 * word;
-    const long long left = end - source;
-    copy_4(to, left > 0 ? source : reinterpret_cast<const u8 *>(reinterpret_cast<u64>(end - 1) & ~3ull),
-           left >= 4  ? 4
-           : left > 0 ? static_cast<int>(left)
-                      : 0);
+// Copies the `width` bytes at `from`, a multiple of 2 or less than 4, with the 4-byte words that they lie in: the word
+// `number` of these, or zeros where there are not so many. What of a word is not of the array is not looked at.
+DEVICE void copy_word(u8 *to, const u8 *from, int width, int number) {
+    const int before = static_cast<int>(reinterpret_cast<u64>(from) & 3);
+    copy_4(to, from - before + 4 * number, before + width > 4 * number ? 4 : 0);
 }
 
-// Copies 1, 2 or 4 words that lie within the array, at multiples of their size.
+// Copies 1, 2 or 4 words that lie at multiples of their size.
 template <int WORDS>
 DEVICE void copy_words(u8 *to, const u8 *from) {
     if (WORDS == 4) copy_16(to, from, 16);

@@ -31,59 +31,66 @@ struct Tile {
 DEVICE int place_of_chunk(int row, int chunk) { return chunk ^ (row * CHUNKS / 8 & (CHUNKS - 1)); }
 DEVICE int place_of_piece(int token, int piece) { return piece ^ (token & 1) << 2; }
 
-// What a thread copies of every stage: of activations, codes and scales each a few rows, so many rows apart.
+// What a thread copies of every stage: of activations, codes and scales each a few rows, so many rows apart. Copies of
+// nothing, zeros, may have any address.
 template <class At, bool ZERO_POINTS>
 struct Loader {
     static const int TOKENS_APART = At::THREADS / PIECES, ROWS_APART = At::THREADS / CHUNKS;
     static const int SCALE_ROWS_APART = At::THREADS / At::SCALE_WORDS;
     static_assert(TOKENS_APART % 2 == 0 && ROWS_APART % 8 == 0 && At::THREADS >= At::ROWS, "places repeat");
     const awq_params &p;
-    int first_row, first_token;
+    const int first_row, first_token;
+    const int token, piece, row, chunk;  // what this thread copies first
+    const u16 *a;
+    const u8 *codes;
 
-    DEVICE void activations_of(u8 *stage, int first_k) const {
-        const int piece = threadIdx.x % PIECES, k = first_k + 8 * piece, token = threadIdx.x / PIECES;
+    DEVICE Loader(const awq_params &p)
+        : p(p),
+          first_row(blockIdx.x * At::ROWS),
+          first_token(blockIdx.y * At::TOKENS),
+          token(threadIdx.x / PIECES),
+          piece(threadIdx.x % PIECES),
+          row(threadIdx.x / CHUNKS),
+          chunk(threadIdx.x % CHUNKS),
+          a(p.a + static_cast<u64>(first_token + token) * p.K + 8 * piece),
+          codes(p.codes + static_cast<u64>(first_row + row) * (p.padded_K / 2) + 16 * chunk) {}
+
+    DEVICE void fetch_activations(u8 *stage, int first_k) const {
         u8 *to = stage + 16 * (token * PIECES + place_of_piece(token, piece));
-        const u16 *from = p.a + static_cast<u64>(first_token + token) * p.K + k;
         const u64 step = static_cast<u64>(TOKENS_APART) * p.K;
+        const bool inside = first_k + 8 * piece < p.K;
 #pragma unroll
-        for (int i = 0; i < At::TOKENS / TOKENS_APART; i++) {
-            const int m = first_token + token + i * TOKENS_APART;
-            const bool inside = m < p.M && k < p.K;
-            if (p.aligned) copy_16(to + i * TOKENS_APART * STAGE * 2, inside ? from + i * step : p.a, inside ? 16 : 0);
-            else *reinterpret_cast<Words4 *>(to + i * TOKENS_APART * STAGE * 2) = activations(p, m, k);
-        }
+        for (int i = 0; i < At::TOKENS / TOKENS_APART; i++)
+            copy_16(to + i * TOKENS_APART * STAGE * 2, a + first_k + i * step,
+                    inside && first_token + token + i * TOKENS_APART < p.M ? 16 : 0);
     }
 
-    DEVICE void codes_of(u8 *stage, int first_k) const {
-        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const u64 row_bytes = p.padded_K / 2;
+    DEVICE void fetch_codes(u8 *stage, int first_k) const {
         u8 *to = stage + At::CODES + row * (STAGE / 2) + 16 * place_of_chunk(row, chunk);
-        const u8 *from = p.codes + (first_row + row) * row_bytes + first_k / 2 + 16 * chunk;
+        const u64 row_bytes = p.padded_K / 2;
+        const bool inside = first_k + 32 * chunk < p.padded_K;
 #pragma unroll
-        for (int i = 0; i < At::ROWS; i += ROWS_APART) {
-            const bool inside = first_row + row + i < p.N && first_k + 32 * chunk < p.padded_K;
-            copy_16(to + i * (STAGE / 2), inside ? from + i * row_bytes : p.codes, inside ? 16 : 0);
-        }
+        for (int i = 0; i < At::ROWS; i += ROWS_APART)
+            copy_16(to + i * (STAGE / 2), codes + first_k / 2 + i * row_bytes,
+                    inside && first_row + row + i < p.N ? 16 : 0);
     }
 
-    DEVICE void scales_of_blocks(u8 *stage, int first_k) const {
-        const int block = first_k >> p.block_shift, word = threadIdx.x % At::SCALE_WORDS;
-        const int row = threadIdx.x / At::SCALE_WORDS;
+    DEVICE void fetch_scales(u8 *stage, int first_k) const {
+        const int block = first_k >> p.block_shift, blocks = p.block_shift == 5 && block + 1 < p.G ? 2 : 1;
+        const int scale_row = first_row + threadIdx.x / At::SCALE_WORDS, word = threadIdx.x % At::SCALE_WORDS;
         u8 *to = stage + At::SCALES + 4 * threadIdx.x;
-        const u8 *end = scales_of(p, p.N, 0);
 #pragma unroll
         for (int i = 0; i < At::ROWS; i += SCALE_ROWS_APART)
-            copy_word(to + i * At::SCALE_WORDS * 4, scales_of(p, min(first_row + row + i, p.N - 1), block), word, end);
+            copy_word(to + i * At::SCALE_WORDS * 4, scales_of(p, min(scale_row + i, p.N - 1), block), 2 * blocks, word);
         if (ZERO_POINTS && threadIdx.x < At::ROWS)  // the blocks of a stage share a byte
             copy_word(stage + At::ZERO_POINTS + 4 * threadIdx.x,
-                      zero_points_of(p, min(first_row + static_cast<int>(threadIdx.x), p.N - 1), block), 0,
-                      zero_points_of(p, p.N, 0));
+                      zero_points_of(p, min(first_row + static_cast<int>(threadIdx.x), p.N - 1), block), 1, 0);
     }
 
     DEVICE void fetch(u8 *stage, int first_k) const {
-        activations_of(stage, first_k);
-        codes_of(stage, first_k);
-        scales_of_blocks(stage, first_k);
+        fetch_activations(stage, first_k);
+        fetch_codes(stage, first_k);
+        fetch_scales(stage, first_k);
     }
 };
 
@@ -106,7 +113,7 @@ struct Blocks {
     // Twice, as a pair.
     DEVICE u32 scale(int block) const { return select_bytes(scales, 0, block ? 0x3232 : 0x1010); }
     DEVICE typename Codes<T>::Offset offset(int block) const {
-        return Codes<T>::offset(ZERO_POINTS ? zero_points >> 4 * block & 15 : 8);
+        return Codes<T>::offset(ZERO_POINTS ? zero_points >> 4 * block & 15 : 8, 0);
     }
 };
 
@@ -154,31 +161,33 @@ DEVICE void multiply(const awq_params &p, float (&sums)[At::TILES_N][At::TILES_M
     }
 }
 
-template <class T>
-DEVICE void store(const awq_params &p, int m, int n, float sum) {
-    if (m >= p.M || n >= p.N) return;
-    if (p.splits > 1) p.partial[(static_cast<u64>(blockIdx.z) * p.M + m) * p.N + n] = sum;
-    else p.y[static_cast<u64>(m) * p.N + n] = T::narrow(p.bias ? sum + T::wide(p.bias[n]) : sum);
-}
-
+// Of a lane's four sums in a tile, two are of row g and two of row g + 8, of the tokens 2t and 2t + 1.
 template <class T, class At>
 DEVICE void finish(const awq_params &p, const float (&sums)[At::TILES_N][At::TILES_M][4], int first_row,
                    int first_token) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int row = first_row + warp % At::WARPS_N * At::TILES_N * 16 + g;
     const int token = first_token + warp / At::WARPS_N * At::TILES_M * 8 + 2 * t;
+    const bool whole = p.splits == 1;
+    const u64 part = static_cast<u64>(blockIdx.z) * p.M;
 #pragma unroll
-    for (int i = 0; i < At::TILES_N; i++)
+    for (int i = 0; i < 2 * At::TILES_N; i++) {
+        const int n = first_row + warp % At::WARPS_N * At::TILES_N * 16 + 8 * i + g;
+        if (n >= p.N) continue;
+        const float bias = whole && p.bias ? T::wide(p.bias[n]) : 0;
 #pragma unroll
-        for (int j = 0; j < At::TILES_M; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) store<T>(p, token + 8 * j + c % 2, row + 16 * i + c / 2 * 8, sums[i][j][c]);
+        for (int j = 0; j < 2 * At::TILES_M; j++) {
+            const int m = token + 8 * (j / 2) + j % 2;
+            const float sum = sums[i / 2][j / 2][i % 2 * 2 + j % 2];
+            if (m >= p.M) continue;
+            if (whole) p.y[static_cast<u64>(m) * p.N + n] = T::narrow(sum + bias);
+            else p.partial[(part + m) * p.N + n] = sum;
+        }
+    }
 }
 
 template <class T, class At, bool ZERO_POINTS>
 DEVICE void run(const awq_params &p) {
-    const Loader<At, ZERO_POINTS> loader = {p, static_cast<int>(blockIdx.x) * At::ROWS,
-                                            static_cast<int>(blockIdx.y) * At::TOKENS};
+    const Loader<At, ZERO_POINTS> loader(p);
     const int start = blockIdx.z * p.split_K, end = min(p.padded_K, start + p.split_K);
     const int stages = (end - start + STAGE - 1) / STAGE;
     u8 *ring = shared_memory();

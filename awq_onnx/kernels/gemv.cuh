@@ -39,41 +39,87 @@ struct Layout {
 // row number, in reverse, also part the rows that read 8 and 16 bytes at once.
 DEVICE int place(int row, int chunk) { return chunk ^ ((row & 1) << 2 | (row & 2) | (row & 4) >> 2); }
 
+// The stages of a warp, in order: tile by tile of the block, and of each the stages that are this warp's. What this lane
+// copies of one lies so many bytes behind what it copied of the one before.
 template <class At>
-DEVICE void fetch_codes(const awq_params &p, u8 *stage, int first_row, int first_k, int lane) {
-    const int row = lane / CHUNKS, chunk = lane % CHUNKS, ROWS_AT_ONCE = 32 / CHUNKS;
-    const bool inside = At::WHOLE || first_k + 32 * chunk < p.padded_K;
-    const u64 row_bytes = p.padded_K / 2;
-    const u8 *from = p.codes + (first_row + row) * row_bytes + (inside ? first_k / 2 + 16 * chunk : 0);
-#pragma unroll
-    for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
-        copy_16(stage + (row + i) * (STAGE / 2) + 16 * place(row + i, chunk), from + i * row_bytes, inside ? 16 : 0);
-}
+struct Fetcher {
+    const awq_params &p;
+    const int lane, warp, warps, tiles, stages;
+    int tile, stage;
+    // small: scales in the lower lanes, zero points in the upper ones. Of the first row and stage; of a row; of now.
+    const bool scales;
+    const u8 *first_codes, *first_small;
+    const u32 codes_bytes, small_bytes;
+    const u8 *codes, *small;
 
-template <class At>
-DEVICE void fetch_scales(const awq_params &p, u8 *stage, int first_row, int first_k, int lane) {
-    const int block = first_k >> At::SHIFT, row = first_row + lane % ROWS;
-    u8 *scales = stage + At::SCALES_AT, *zero_points = stage + At::ZERO_POINTS_AT;
-    const u8 *scales_end = scales_of(p, p.N, 0), *zero_points_end = zero_points_of(p, p.N, 0);
-    if constexpr (At::WHOLE) {
-        if (lane < ROWS) copy_words<At::SCALES>(scales + lane * At::SCALES * 4, scales_of(p, row, block));
-        else if (At::ZERO_POINTS)
-            copy_word(zero_points + (lane - ROWS) * 4, zero_points_of(p, row, block), 0, zero_points_end);
-    } else {
-#pragma unroll
-        for (int i = lane; i < ROWS * At::SCALE_WORDS; i += 32)
-            copy_word(scales + 4 * i, scales_of(p, first_row + i / At::SCALE_WORDS, block), i % At::SCALE_WORDS,
-                      scales_end);
-        if (At::ZERO_POINTS)
-            copy_word(zero_points + 4 * lane, zero_points_of(p, first_row + lane / 2, block), lane % 2,
-                      zero_points_end);
+    DEVICE Fetcher(const awq_params &p)
+        : p(p),
+          lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32),
+          warps(blockDim.x / 32),
+          tiles((p.N + ROWS - 1) / ROWS),
+          stages((p.padded_K + STAGE - 1) / STAGE),
+          tile(blockIdx.x),
+          stage(warp),
+          scales(!At::ZERO_POINTS || lane < ROWS),
+          codes_bytes(p.padded_K / 2),
+          small_bytes(scales ? 2 * p.G : p.zero_point_stride) {
+        const int block = warp * (STAGE >> At::SHIFT);
+        first_codes =
+            p.codes + static_cast<u64>(lane / CHUNKS) * codes_bytes + warp * (STAGE / 2) + 16 * (lane % CHUNKS);
+        first_small = scales ? scales_of(p, lane % ROWS, block) : zero_points_of(p, lane % ROWS, block);
+        enter();
     }
-}
+    // The last tile ends with the last row, even if others hold its first rows too: both write the same there.
+    DEVICE int first_row() const { return min(tile * ROWS, p.N - ROWS); }
+
+    DEVICE void enter() {
+        codes = first_codes + static_cast<u64>(static_cast<u32>(first_row())) * codes_bytes;
+        small = first_small + static_cast<u64>(static_cast<u32>(first_row())) * small_bytes;
+    }
+    DEVICE void next() {
+        stage += warps;
+        codes += warps * (STAGE / 2);
+        small += warps * (scales ? (STAGE >> At::SHIFT) * 2 : (STAGE >> At::SHIFT) / 2);
+        if (stage < stages) return;
+        stage = warp;
+        tile += gridDim.x;
+        enter();
+    }
+    DEVICE void fetch(u8 *to) {
+        if (tile >= tiles || stage >= stages) return;
+        fetch_codes(to);
+        fetch_scales(to + At::SCALES_AT, to + At::ZERO_POINTS_AT);
+        next();
+    }
+    DEVICE void fetch_codes(u8 *to) const {
+        const int row = lane / CHUNKS, chunk = lane % CHUNKS, ROWS_AT_ONCE = 32 / CHUNKS;
+        const bool inside = At::WHOLE || stage * STAGE + 32 * chunk < p.padded_K;
+        const u64 row_bytes = p.padded_K / 2;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
+            copy_16(to + (row + i) * (STAGE / 2) + 16 * place(row + i, chunk), codes + i * row_bytes, inside ? 16 : 0);
+    }
+    DEVICE void fetch_scales(u8 *scales, u8 *zero_points) const {
+        if constexpr (At::WHOLE) {
+            if (lane < ROWS) copy_words<At::SCALES>(scales + lane * At::SCALES * 4, small);
+            else if (At::ZERO_POINTS) copy_word(zero_points + (lane - ROWS) * 4, small, 1, 0);
+            return;
+        }
+        const int block = stage * (STAGE >> At::SHIFT), blocks = min(STAGE >> At::SHIFT, p.G - block);
+        for (int i = lane; i < ROWS * At::SCALE_WORDS; i += 32)
+            copy_word(scales + 4 * i, scales_of(p, first_row() + i / At::SCALE_WORDS, block), 2 * blocks,
+                      i % At::SCALE_WORDS);
+        if (At::ZERO_POINTS)
+            copy_word(zero_points + 4 * lane, zero_points_of(p, first_row() + lane / 2, block), (blocks + 1) / 2,
+                      lane % 2);
+    }
+};
 
 // The scales and the zero points of one row in a stage.
 template <class T, class At>
 struct Blocks {
-    u32 scales[At::SCALES], zero_points;
+    u32 scales[At::SCALES], zero_points[2];  // a byte each: of the blocks with even numbers, of the others
 
     DEVICE Blocks(const awq_params &p, const u8 *stage, int first_row, int row, int block) {
         const u32 *words = reinterpret_cast<const u32 *>(stage + At::SCALES_AT) + row * At::SCALE_WORDS;
@@ -83,11 +129,13 @@ struct Blocks {
         if (!At::ZERO_POINTS) return;
         words = reinterpret_cast<const u32 *>(stage + At::ZERO_POINTS_AT) + row * At::ZERO_POINT_WORDS;
         const u32 before = 8 * (reinterpret_cast<u64>(zero_points_of(p, first_row + row, block)) & 3);
-        zero_points = right(words[0], At::WHOLE ? 0 : words[At::ZERO_POINT_WORDS - 1], before);
+        const u32 packed = right(words[0], At::WHOLE ? 0 : words[At::ZERO_POINT_WORDS - 1], before);
+        zero_points[0] = packed & 0x0f0f0f0fu;
+        zero_points[1] = packed >> 4 & 0x0f0f0f0fu;
     }
     DEVICE float scale(int block) const { return T::wide(static_cast<u16>(scales[block / 2] >> 16 * (block % 2))); }
     DEVICE typename Codes<T>::Offset offset(int block) const {
-        return Codes<T>::offset(At::ZERO_POINTS ? zero_points >> 4 * block & 15 : 8);
+        return At::ZERO_POINTS ? Codes<T>::offset(zero_points[block % 2], block / 2) : Codes<T>::offset(8, 0);
     }
 };
 
@@ -95,11 +143,12 @@ struct Blocks {
 // and `a` has not, any number will do.
 template <class At>
 DEVICE void load(const awq_params &p, Words4 (&x)[CHUNKS], int first_k, int lane) {
-    const int m = min(lane / 4, p.M - 1), k = first_k + 8 * At::WORDS * (lane % 4);
+    const u32 m = min(lane / 4, p.M - 1), k = first_k + 8 * At::WORDS * (lane % 4);
+    const u16 *from = p.a + (static_cast<u64>(m) * static_cast<u32>(p.K) + k);
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
-        const int at = k + 32 * (i / At::WORDS * At::WORDS) + 8 * (i % At::WORDS);
-        x[i] = At::WHOLE ? load_16(p.a + static_cast<u64>(m) * p.K + at) : activations(p, m, at);
+        const int further = 32 * (i / At::WORDS * At::WORDS) + 8 * (i % At::WORDS);
+        x[i] = At::WHOLE ? load_16(from + further) : activations(p, m, k + further);
     }
 }
 
@@ -156,54 +205,31 @@ DEVICE void finish(const awq_params &p, float *shared, const float (&sums)[4], i
     }
 }
 
-// The last tile ends with the last row, even if others hold its first rows too: both write the same there.
-DEVICE int first_row_of(const awq_params &p, int tile) { return min(tile * ROWS, p.N - ROWS); }
-
-// The stages of a warp, in order: tile by tile of the block, and of each the stages that are this warp's.
-struct Cursor {
-    int tile, stage;
-
-    DEVICE Cursor(int warp) : tile(blockIdx.x), stage(warp) {}
-    DEVICE void advance(int warp, int warps, int stages) {
-        stage += warps;
-        if (stage < stages) return;
-        stage = warp;
-        tile += gridDim.x;
-    }
-};
-
 template <class T, class At>
 DEVICE void run(const awq_params &p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int tiles = (p.N + ROWS - 1) / ROWS, stages = (p.padded_K + STAGE - 1) / STAGE;
+    Fetcher<At> fetcher(p);
+    const int lane = fetcher.lane, warp = fetcher.warp, warps = fetcher.warps, stages = fetcher.stages;
     u8 *ring = shared_memory() + warp * STAGES * At::BYTES;
     float *partial = reinterpret_cast<float *>(shared_memory() + warps * STAGES * At::BYTES);
-
-    Cursor next(warp);
-    int fetched = 0, used = 0;
+    u32 fetched = 0, used = 0, parity = 0;
     auto fetch_next = [&]() {
-        if (next.tile < tiles && next.stage < stages) {
-            u8 *to = ring + fetched * At::BYTES;
-            fetch_codes<At>(p, to, first_row_of(p, next.tile), next.stage * STAGE, lane);
-            fetch_scales<At>(p, to, first_row_of(p, next.tile), next.stage * STAGE, lane);
-            next.advance(warp, warps, stages);
-        }
+        fetcher.fetch(ring + fetched * At::BYTES);
         fetched = (fetched + 1) % STAGES;
         close_group_of_copies();
     };
     for (int i = 0; i < STAGES - 1; i++) fetch_next();
 
-    int parity = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int first_row = first_row_of(p, tile);
+    Words4 x[CHUNKS];  // of the stage that comes next: under way while the one before is multiplied
+    if (warp < stages) load<At>(p, x, warp * STAGE, lane);
+    for (int tile = blockIdx.x; tile < fetcher.tiles; tile += gridDim.x) {
+        const int first_row = min(tile * ROWS, p.N - ROWS);
         float sums[4] = {0, 0, 0, 0};
         for (int stage = warp; stage < stages; stage += warps) {
-            Words4 x[CHUNKS];
-            load<At>(p, x, stage * STAGE, lane);
             wait_for_copies<STAGES - 2>();
             warp_barrier();  // all lanes' copies are there, and all have read the stage that is overwritten next
             fetch_next();
             multiply<T, At>(p, sums, ring + used * At::BYTES, x, first_row, stage * STAGE, lane);
+            load<At>(p, x, (stage + warps < stages ? stage + warps : warp) * STAGE, lane);
             used = (used + 1) % STAGES;
         }
         finish<T>(p, partial + parity * warps * TOKENS * PITCH, sums, first_row);

@@ -46,6 +46,9 @@ static const struct tile {
 } TILES[] = {{128, 16, 128}, {128, 32, 128}, {128, 64, 128}, {128, 128, 256}};
 enum { TILE_COUNT = sizeof TILES / sizeof TILES[0] };
 
+enum { ALIGNED_INPUTS = 8 }; /* of 16 bits: K is a multiple of them where each row of `a` is as aligned as the first */
+enum { MOST_BLOCKS_Y = 65535 }; /* of a grid */
+
 /* From how many rows of `a` on the weight is dequantised, once, for cuBLAS. */
 enum { CUBLAS_FROM = 257 };
 /* K is cut until so many blocks have work on a multiprocessor, but not into parts below so many stages. */
@@ -97,11 +100,11 @@ static const char *open_driver(struct awq_gpu *gpu, const char *name) {
     return NULL;
 }
 
-/* cuBLAS as the process has it; of a version of its own only where it has none yet. */
+/* cuBLAS as the caller's handle has it: that of the process. Of two versions nothing tells which the handle is of. */
 static void open_cublas(struct awq_gpu *gpu) {
-    static const char *const NAMES[] = {"libcublas.so.13", "libcublas.so.12"};
-    void *library = NULL;
-    for (int i = 0; i < 4 && !library; i++) library = dlopen(NAMES[i % 2], RTLD_NOW | (i < 2 ? RTLD_NOLOAD : 0));
+    void *newer = dlopen("libcublas.so.13", RTLD_NOW | RTLD_NOLOAD),
+         *older = dlopen("libcublas.so.12", RTLD_NOW | RTLD_NOLOAD);
+    void *library = newer && older ? NULL : newer ? newer : older;
     if (library) *(void **)&gpu->gemm_ex = dlsym(library, "cublasGemmEx");
 }
 
@@ -221,7 +224,7 @@ static const char *find_kernels(struct awq_gpu *gpu, void *module) {
     return error;
 }
 
-static const struct awq_gpu *known(const struct awq_gpu *gpu, const struct awq_gpu *wanted) {
+static struct awq_gpu *known(struct awq_gpu *gpu, const struct awq_gpu *wanted) {
     while (gpu && (gpu->device != wanted->device || strcmp(gpu->driver_name, wanted->driver_name))) gpu = gpu->next;
     return gpu;
 }
@@ -229,15 +232,13 @@ static const struct awq_gpu *known(const struct awq_gpu *gpu, const struct awq_g
 static const char *open_all(struct awq_gpu *gpu, const char *folder) {
     void *module = NULL;
     const char *error = load_module(gpu, folder, &module);
-    if (!error) error = find_kernels(gpu, module);
-    if (!error) open_cublas(gpu);
-    return error;
+    return error ? error : find_kernels(gpu, module);
 }
 
-static const struct awq_gpu *open_once(const char *driver, const char *folder, const char **error) {
+static struct awq_gpu *open_once(const char *driver, const char *folder, const char **error) {
     static struct awq_gpu *all = NULL;
     struct awq_gpu *gpu = calloc(1, sizeof *gpu);
-    const struct awq_gpu *before = NULL;
+    struct awq_gpu *before = NULL;
     if (!gpu || !(gpu->driver_name = strdup(driver ? driver : ""))) {
         free(gpu);
         return *error = "out of memory", NULL;
@@ -258,7 +259,8 @@ static const struct awq_gpu *open_once(const char *driver, const char *folder, c
 const struct awq_gpu *awq_gpu_open(const char *driver, const char *folder, const char **error) {
     static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
     pthread_mutex_lock(&one_at_a_time);
-    const struct awq_gpu *gpu = open_once(driver, folder, error);
+    struct awq_gpu *gpu = open_once(driver, folder, error);
+    if (gpu && !gpu->gemm_ex) open_cublas(gpu); /* it may have been loaded since */
     pthread_mutex_unlock(&one_at_a_time);
     return gpu;
 }
@@ -289,7 +291,7 @@ const char *awq_refusal(const struct awq_weight *weight) {
 
 enum way { PLAIN, GEMV, GEMM, CUBLAS };
 
-/* How a product with M rows is computed. */
+/* How a product with M rows is computed, where tensors are as aligned as allocations are. */
 struct plan {
     enum way way;
     int tile;            /* of TILES, for GEMM */
@@ -327,7 +329,7 @@ static struct plan make_plan(const struct awq_gpu *gpu, const struct awq_weight 
     else if (M <= AWQ_GEMV_TOKENS && weight->N >= AWQ_GEMV_ROWS &&
              weight->block_size < 1 << (SMALLEST_SHIFT + GEMV_SHIFTS))
         plan.way = GEMV;
-    else {
+    else if (weight->K % ALIGNED_INPUTS == 0) {
         plan.way = GEMM;
         plan.tile = choose_tile(gpu, weight, M);
         split(&plan, gpu, weight, M);
@@ -335,10 +337,15 @@ static struct plan make_plan(const struct awq_gpu *gpu, const struct awq_weight 
     return plan;
 }
 
+static size_t workspace_of(const struct plan *plan, const struct awq_weight *weight, int64_t M) {
+    if (plan->way == CUBLAS) return (size_t)weight->N * (size_t)weight->K * 2;
+    return plan->splits > 1 ? (size_t)plan->splits * (size_t)M * (size_t)weight->N * sizeof(float) : 0;
+}
+
 size_t awq_workspace_bytes(const struct awq_gpu *gpu, const struct awq_weight *weight, int64_t M, int with_cublas) {
+    if (M == 0) return 0;
     const struct plan plan = make_plan(gpu, weight, M, with_cublas);
-    if (plan.way == CUBLAS) return (size_t)weight->N * (size_t)weight->K * 2;
-    return plan.splits > 1 ? (size_t)plan.splits * (size_t)M * (size_t)weight->N * sizeof(float) : 0;
+    return workspace_of(&plan, weight, M);
 }
 
 /* ---- launching ---- */
@@ -359,7 +366,7 @@ static struct awq_params parameters(const struct awq_weight *weight, const struc
                            .zero_point_stride = (int)ceil_div(G, 2),
                            .block_shift = block_shift(weight),
                            .splits = 1,
-                           .aligned = weight->K % 8 == 0 && (uintptr_t)call->a % 16 == 0};
+                           .aligned = weight->K % ALIGNED_INPUTS == 0 && (uintptr_t)call->a % 16 == 0};
     return p;
 }
 
@@ -378,7 +385,8 @@ static const char *launch(const struct awq_gpu *gpu, void *function, const struc
 }
 
 static const char *run_plain(const struct awq_gpu *gpu, int type, struct awq_params *p, void *stream) {
-    const struct shape shape = {{ceil_div(p->N, 8), ceil_div(p->M, 4), 1}, 256, 0};
+    const int64_t turns = ceil_div(p->M, 4);
+    const struct shape shape = {{ceil_div(p->N, 8), turns < MOST_BLOCKS_Y ? turns : MOST_BLOCKS_Y, 1}, 256, 0};
     return launch(gpu, gpu->plain[type], &shape, p, stream);
 }
 
@@ -387,7 +395,8 @@ static const char *run_gemv(const struct awq_gpu *gpu, int type, struct awq_para
     const int64_t tiles = ceil_div(p->N, AWQ_GEMV_ROWS), stages = ceil_div(p->padded_K, AWQ_GEMV_STAGE);
     int choice = 0; /* as many warps as there are stages to share, up to 8 */
     while (choice < WARP_CHOICES - 1 && (int64_t)1 << choice < stages) choice++;
-    const int whole = p->aligned && p->K % AWQ_GEMV_STAGE == 0 && (uintptr_t)p->scales % 16 == 0;
+    const int whole = p->aligned && p->K % AWQ_GEMV_STAGE == 0 && (uintptr_t)p->scales % 16 == 0 &&
+                      (uintptr_t)p->zero_points % 4 == 0;
     const struct kernel *kernel = &gpu->gemv[type][p->block_shift - SMALLEST_SHIFT][whole][zero_points][choice];
     const int64_t slots = (int64_t)gpu->multiprocessors * kernel->blocks;
     const struct shape shape = {{tiles < slots ? tiles : slots, 1, 1},
@@ -418,7 +427,7 @@ static const char *run_cublas(const struct awq_gpu *gpu, int type, const struct 
     const int kind = type ? CUDA_R_16BF : CUDA_R_16F;
     struct awq_params weight = *p;
     weight.y = call->workspace;
-    weight.aligned = p->K % 8 == 0 && (uintptr_t)call->workspace % 16 == 0;
+    weight.aligned = p->K % ALIGNED_INPUTS == 0 && (uintptr_t)call->workspace % 16 == 0;
     const char *error = launch(gpu, gpu->dequantize[type], &words, &weight, call->stream);
     if (error) return error;
     /* Row by row as here is column by column for cuBLAS: it makes y' = W a'. */
@@ -434,9 +443,13 @@ const char *awq_matmul_nbits(const struct awq_gpu *gpu, const struct awq_weight 
     if (call->M == 0) return NULL;
     if ((uintptr_t)call->codes % 16) return "the codes must start at a multiple of 16 bytes";
     if (call->M > INT32_MAX - 1024) return "the activations have too many rows: at most 2^31";
-    const struct plan plan = make_plan(gpu, weight, call->M, call->cublas != NULL);
+    struct plan plan = make_plan(gpu, weight, call->M, call->cublas != NULL);
+    /* cuBLAS may have been found only after the caller asked. */
+    if (workspace_of(&plan, weight, call->M) > call->workspace_bytes) plan = make_plan(gpu, weight, call->M, 0);
+    if (workspace_of(&plan, weight, call->M) > call->workspace_bytes) return "the workspace is too small";
     const int type = type_index(weight->type);
     struct awq_params p = parameters(weight, call);
+    if (plan.way == GEMM && !p.aligned) plan.way = PLAIN;
     switch (plan.way) {
         case CUBLAS: return run_cublas(gpu, type, &p, call);
         case GEMM: return run_gemm(gpu, type, &plan, &p, call->workspace, call->stream);

@@ -28,8 +28,9 @@ struct awq_call {
     const void *zero_points; /* uint8 (N, ceil(G / 2)); NULL: 8 everywhere */
     const void *bias;        /* (N,), or NULL */
     void *y;                 /* (M, N), every element is written */
-    void *workspace;         /* awq_workspace_bytes() of them; may be NULL where that is 0 */
-    void *cublas;            /* cublasHandle_t set to `stream`; NULL: kernels of our own for every M */
+    void *workspace;         /* scratch; NULL where none is needed */
+    size_t workspace_bytes;  /* of it: what awq_workspace_bytes() says */
+    void *cublas;            /* cublasHandle_t set to `stream`, of the process' only cuBLAS; NULL: our own kernels */
     void *stream;            /* CUstream */
 };
 

@@ -28,6 +28,7 @@ class Call(Structure):
     _fields_ = [
         ("M", c_int64),
         *[(name, c_void_p) for name in ("a", "codes", "scales", "zero_points", "bias", "y", "workspace")],
+        ("workspace_bytes", c_size_t),
         ("cublas", c_void_p),
         ("stream", c_void_p),
     ]
@@ -76,7 +77,7 @@ class Launcher:
         if workspace is None:
             workspace = np.empty(self.workspace_bytes(weight, M, cublas != 0), np.uint8, like=a)
         tensors = [_pointer(one) for one in (a, codes, scales, zero_points, bias, out, workspace)]
-        call = Call(M, *tensors, cublas, stream)
+        call = Call(M, *tensors, workspace.nbytes, cublas, stream)
         error = self._library.awq_refusal(weight) or self._library.awq_matmul_nbits(self._gpu, weight, call)
         if error:
             raise RuntimeFailedError(error.decode())

@@ -76,6 +76,9 @@ def _configure(library: Path, provider: str, driver: Path | None, folder: Path |
 def _folder(device: str) -> Path | None:
     if device != "cuda":
         return None
+    from awq_onnx import runtime
     from awq_onnx.kernels.compile import cubin_folder
 
-    return cubin_folder()
+    folder = cubin_folder()
+    runtime.find_cuda()  # whoever has session options has onnxruntime; which providers a session takes, it says itself
+    return folder

@@ -304,8 +304,8 @@ static OrtStatus *compute_on_gpu(const struct kernel *kernel, OrtKernelContext *
             call->cublas = NULL;
     }
     if (!status) {
-        const size_t bytes = awq_workspace_bytes(kernel->gpu, &kernel->weight, call->M, call->cublas != NULL);
-        status = take_workspace(kernel, context, bytes, &call->workspace);
+        call->workspace_bytes = awq_workspace_bytes(kernel->gpu, &kernel->weight, call->M, call->cublas != NULL);
+        status = take_workspace(kernel, context, call->workspace_bytes, &call->workspace);
     }
     const char *error = status ? NULL : awq_matmul_nbits(kernel->gpu, &kernel->weight, call);
     if (error) status = failed(ort, error);

@@ -16,14 +16,10 @@ DEVICE void dequantize_word(const awq_params &p, float (&w)[8], int n, int word)
         w[i] = scale * static_cast<float>(static_cast<int>(codes >> 4 * i & 15u) - static_cast<int>(zero_point));
 }
 
-// y = a W': a warp makes one output for each of up to TOKENS rows of `a`. For blocks of 16, and to compare with.
-template <class T>
-DEVICE void multiply(const awq_params &p) {
-    const int TOKENS = 4;
-    const int lane = threadIdx.x % 32, n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int first_m = blockIdx.y * TOKENS;
+// Output n for TOKENS rows of `a`, made by a warp.
+template <class T, int TOKENS>
+DEVICE void make_outputs(const awq_params &p, int first_m, int n, int lane) {
     float sums[TOKENS] = {};
-    if (n >= p.N) return;
     for (int word = lane; 8 * word < p.K; word += 32) {
         float w[8];
         dequantize_word<T>(p, w, n, word);
@@ -40,6 +36,15 @@ DEVICE void multiply(const awq_params &p) {
         if (lane == 0 && first_m + j < p.M)
             p.y[static_cast<u64>(first_m + j) * p.N + n] = T::narrow(p.bias ? sum + T::wide(p.bias[n]) : sum);
     }
+}
+
+// y = a W', an output for each warp: for what the others are not made for, and to compare with.
+template <class T>
+DEVICE void multiply(const awq_params &p) {
+    const int TOKENS = 4, n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (n >= p.N) return;
+    for (int m = blockIdx.y * TOKENS; m < p.M; m += gridDim.y * TOKENS)
+        make_outputs<T, TOKENS>(p, m, n, threadIdx.x % 32);
 }
 
 // The weight (N, K) itself, to y: a thread makes eight inputs of one row.

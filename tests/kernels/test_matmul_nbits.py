@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from awq_onnx.errors import RuntimeFailedError
 from awq_onnx.kernels import library, reference
-from awq_onnx.kernels.launcher import Launcher
+from awq_onnx.kernels.launcher import FLOAT16, Launcher, Weight
 
 Array = NDArray[Any]
 
@@ -110,6 +110,7 @@ def check(device: Emulated | Gpu, case: Case, with_cublas: bool = False) -> None
 
 # M, N, K; the ends of K and N fall into the middle of stages, chunks, words and tiles.
 SMALL = [(1, 16, 256), (1, 40, 512), (2, 700, 1024), (3, 100, 576), (5, 17, 999), (8, 33, 1000), (1, 3, 40), (4, 16, 1)]
+SMALL += [(1, 24, 4352), (2, 24, 4500)]  # several stages for each warp
 LARGE = [(9, 100, 256), (16, 130, 2048), (20, 128, 576), (33, 33, 1000), (64, 17, 999), (70, 48, 300), (130, 600, 320)]
 
 
@@ -141,6 +142,12 @@ def test_any_shape(device: Emulated | Gpu, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([np.float16, bfloat16]), label="dtype")
     zero_points, bias = data.draw(st.booleans(), label="zero_points"), data.draw(st.booleans(), label="bias")
     check(device, Case.random(M, N, K, block_size, dtype, zero_points, bias))
+
+
+@pytest.mark.gpu
+def test_cublas_is_found(real_gpu: Gpu) -> None:
+    weight = Weight(64, 512, 32, FLOAT16)
+    assert real_gpu.launcher.workspace_bytes(weight, 300, with_cublas=True) == 2 * 64 * 512
 
 
 @pytest.mark.gpu
@@ -204,6 +211,7 @@ def test_no_rows_are_no_work(device: Emulated | Gpu) -> None:
         pytest.param(33, 64, 256, 32, ["awq_gemm_f16_128x64"], id="33 rows"),
         pytest.param(256, 64, 256, 32, ["awq_gemm_f16_128x64"], id="many rows, too few large tiles"),
         pytest.param(256, 200, 256, 32, ["awq_gemm_f16_128x128"], id="many rows"),
+        pytest.param(20, 64, 250, 32, ["awq_plain_f16"], id="rows that are not aligned"),
         pytest.param(257, 16, 64, 32, ["awq_dequantize_f16", "cublas", "awq_add_bias_f16"], id="cuBLAS"),
     ],
 )
@@ -213,6 +221,43 @@ def test_each_shape_has_its_kernel(
     emulated_gpu.launched()
     product(emulated_gpu, Case.random(M, N, K, block_size, np.float16, bias=True), with_cublas=True)
     assert emulated_gpu.launched() == launched
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_zero_points_may_start_anywhere(emulated_gpu: Emulated, shift: int, block_size: int) -> None:
+    case = Case.random(2, 48, 512, block_size, np.float16, zero_points=True)
+    assert case.zero_points is not None
+    moved = emulated_gpu.put(np.concatenate([np.zeros(16, np.uint8), case.zero_points.ravel(), np.zeros(16, np.uint8)]))
+    moved = moved[16 - shift :][: case.zero_points.size].reshape(case.zero_points.shape)
+    moved[...] = case.zero_points
+    y = emulated_gpu.launcher.matmul_nbits(emulated_gpu.put(case.a), emulated_gpu.put(case.codes), case.scales, moved)
+    assert (np.abs(y - case.exact) <= case.tolerance).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 256])
+@pytest.mark.parametrize("N", [3, 16])
+def test_no_rows_need_no_workspace(emulated_gpu: Emulated, N: int, block_size: int) -> None:
+    case = Case.random(1, N, 256, block_size, np.float16)
+    y = emulated_gpu.launcher.matmul_nbits(case.a[:0], emulated_gpu.put(case.codes), case.scales)
+    assert y.shape == (0, N)
+
+
+def test_a_workspace_that_is_too_small_is_refused(emulated_gpu: Emulated) -> None:
+    case = Case.random(16, 130, 2048, 32, np.float16)
+    with pytest.raises(RuntimeFailedError, match="workspace is too small"):
+        emulated_gpu.launcher.matmul_nbits(case.a, case.codes, case.scales, workspace=np.empty(16, np.uint8))
+
+
+def test_a_driver_that_cannot_load_is_one_sentence(emulated_gpu: Emulated, tmp_path: Path) -> None:
+    """The driver's reason is in it once, with the file that it is about."""
+    other = tmp_path / "libcuda.so"
+    other.symlink_to(emulated_gpu.driver)
+    (tmp_path / "awq_sm_90.cubin").write_bytes(b"broken")
+    with pytest.raises(
+        RuntimeFailedError, match=r"^CUDA could not load /\S*awq_sm_90.cubin: the emulated driver says no"
+    ):
+        Launcher(library.path(), tmp_path, other)
 
 
 def test_blocks_that_do_not_exist_are_refused(emulated_gpu: Emulated) -> None:

@@ -29,7 +29,7 @@ def product(a: Array, one: Node) -> Array:
     tensors = (a, one.codes, one.scales, one.zero_points, one.bias, y)
     pointers = [None if values is None else values.ctypes.data for values in tensors]
     weight = Weight(one.N, one.K, one.block_size, DTYPES[one.dtype])
-    call = Call(len(a), *pointers, None, None, None)
+    call = Call(len(a), *pointers, None, 0, None, None)
     multiply = ctypes.CDLL(str(library.path())).awq_reference
     multiply.restype = ctypes.c_char_p
     assert multiply(ctypes.byref(weight), ctypes.byref(call)) is None

@@ -38,7 +38,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
     }
 }
 
-int cuModuleLoadData(void **module, const void *) { return *module = &launches, SUCCESS; }
+int cuModuleLoadData(void **module, const void *image) {
+    *module = &launches;
+    return std::strcmp(static_cast<const char *>(image), "broken") ? SUCCESS : INVALID;
+}
 
 int cuModuleGetFunction(void **function, void *, const char *name) {
     const auto found = machine::kernels().find(name);
