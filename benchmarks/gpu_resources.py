@@ -1,4 +1,4 @@
-"""What the CUDA kernels of MatMulNBits take of a GPU, read off their machine code: no GPU is needed.
+"""What the CUDA kernels take of a GPU, read off their machine code: no GPU is needed.
 
     python benchmarks/gpu_resources.py [--output FILE]        (nvidia-cuda-nvdisasm: pip install nvidia-cuda-nvdisasm)
 
@@ -16,14 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from awq_onnx.errors import AwqOnnxError, MissingPackageError
+from awq_onnx.kernels import arrays
 from awq_onnx.kernels import compile as compiler
-from awq_onnx.kernels.compile import MachineCode
+from awq_onnx.kernels.compile import MachineCode, Resources
 
 NVDISASM = "nvidia-cuda-nvdisasm"
 INSTRUCTION = re.compile(
@@ -33,6 +34,7 @@ TARGET = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
 LABEL = re.compile(r"^(\.L_x_\d+):")
 FUNCTION = re.compile(r"^\.text\.(\w+):", re.MULTILINE)
 TENSOR_CORE = "HMMA"
+FOR_ARRAYS = ("compensate", "cholesky")  # the sources of kernels/arrays.py
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,33 @@ def main() -> None:
 
 def page() -> Iterator[str]:
     codes = [compiler.compile_source(compiler.MATMUL_NBITS, one) for one in compiler.CAPABILITIES]
+    others = [
+        [compiler.compile_source(compiler.HERE / f"{name}.cu", one, *arrays.OPTIONS) for name in FOR_ARRAYS]
+        for one in compiler.CAPABILITIES
+    ]
     yield "# What the CUDA kernels take of a GPU\n"
     yield "Made by `make gpu-resources`; what the columns mean stands in `benchmarks/gpu_resources.py`.\n"
     registers_of = " | ".join(f"registers, {one.capability / 10}" for one in codes)
     yield f"| kernel | {registers_of} | spilled bytes | instructions | of tensor cores |"
     yield "|---|" + "---|" * (len(codes) + 3)
     loops = dict(_loops(_disassembled(codes[-1])))
-    registers = [{one.kernel: one.registers for one in code.resources} for code in codes]
-    spilled = _spilled(codes)
+    taken = [
+        [one for made in (code, *more) for one in made.resources] for code, more in zip(codes, others, strict=True)
+    ]
+    registers = [{one.kernel: one.registers for one in resources} for resources in taken]
+    spilled = _spilled(taken)
     for kernel in sorted(registers[-1]):
         loop = loops.get(kernel, Loop(0, 0))
         counts = f"{loop.instructions} | {loop.tensor_core}" if loop.tensor_core else "- | -"
-        taken = " | ".join(str(one[kernel]) for one in registers)
-        yield f"| {kernel.removeprefix('awq_')} | {taken} | {spilled[kernel]} | {counts} |"
+        of_a_thread = " | ".join(str(one[kernel]) for one in registers)
+        yield f"| {kernel.removeprefix('awq_')} | {of_a_thread} | {spilled[kernel]} | {counts} |"
 
 
-def _spilled(codes: list[MachineCode]) -> Mapping[str, int]:
+def _spilled(taken: Iterable[Iterable[Resources]]) -> Mapping[str, int]:
     """The most of any capability, in bytes."""
     most: dict[str, int] = {}
-    for code in codes:
-        for one in code.resources:
+    for resources in taken:
+        for one in resources:
             most[one.kernel] = max(most.get(one.kernel, 0), one.spilled_bytes)
     return most
 

@@ -1,3 +1,4 @@
+/* See launch.h. The driver and the kernels are opened; a plan is made for a shape; kernels are launched. */
 #include "launch.h"
 
 #include <dlfcn.h>
