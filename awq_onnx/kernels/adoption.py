@@ -16,7 +16,7 @@ from awq_onnx.store import ModelSource, open_model
 OP_TYPE, FROM, TO, VERSION = "MatMulNBits", "com.microsoft", "awq_onnx", 1
 SCALES, ZERO_POINTS, G_IDX = 2, 3, 4  # inputs
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 VIEWS = ("Identity", "Reshape")  # what an exporter puts between a shared tensor and its reader
 
 
@@ -88,7 +88,7 @@ def refusal(node: ir.Node) -> str | None:
         return "its zero points are not uint8, two in a byte"
     if dtype not in TYPES:
         known = "unknown" if dtype is None else str(dtype.numpy())
-        return f"its type is {known}, the kernels know float16 and bfloat16"
+        return f"its type is {known}, the kernels know float16, bfloat16 and float32"
     return None
 
 

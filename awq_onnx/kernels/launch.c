@@ -35,11 +35,18 @@ typedef int cublas_gemm_ex(void *, int, int, int, int, int, const void *, const 
 /* CUdevice_attribute, CUfunction_attribute, cudaDataType, cublasComputeType_t, cublasOperation_t, cublasGemmAlgo_t */
 enum { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, MOST_SHARED_BYTES = 97 };
 enum { MAX_DYNAMIC_SHARED_BYTES = 8 };
-enum { CUDA_R_16F = 2, CUDA_R_16BF = 14 };
+enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
 enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, ANY_ALGORITHM = -1 };
 
-enum { TYPES = 2, WARP_CHOICES = 4, SMALLEST_SHIFT = 5, GEMV_SHIFTS = 3 }; /* the GEMV's blocks: 32, 64, 128 */
-static const char *const TYPE_NAMES[TYPES] = {"f16", "bf16"};
+enum {
+    TYPES = 3,
+    FAST_TYPES = 2,
+    WARP_CHOICES = 4,
+    SMALLEST_SHIFT = 5,
+    GEMV_SHIFTS = 3
+}; /* the GEMV's blocks: 32, 64, 128 */
+static const char *const TYPE_NAMES[TYPES] = {"f16", "bf16", "f32"};
+static const int CUBLAS_TYPES[TYPES] = {CUDA_R_16F, CUDA_R_16BF, CUDA_R_32F};
 
 /* The tiles that matmul_nbits.cu makes a GEMM for: rows of W, rows of `a`, threads. */
 static const struct tile {
@@ -51,7 +58,7 @@ enum { ALIGNED_INPUTS = 8 }; /* of 16 bits: K is a multiple of them where each r
 enum { MOST_BLOCKS_Y = 65535 }; /* of a grid */
 
 /* From how many rows of `a` on the weight is dequantised, once, for cuBLAS. */
-enum { CUBLAS_FROM = 257 };
+enum { CUBLAS_FROM = 257, CUBLAS_FROM_FLOAT32 = 16 };
 /* K is cut until so many blocks have work on a multiprocessor, but not into parts below so many stages. */
 enum { BLOCKS_WANTED = 2, FEWEST_STAGES = 8, MOST_SPLITS = 16 };
 
@@ -65,10 +72,10 @@ struct awq_gpu {
     char *driver_name;
     int device, multiprocessors;
     DRIVER_FUNCTIONS(DRIVER_POINTER)
-    cublas_gemm_ex *gemm_ex;                                    /* NULL where there is no cuBLAS */
-    struct kernel gemv[TYPES][GEMV_SHIFTS][2][2][WARP_CHOICES]; /* [whole stages][zero points][log2 of warps] */
-    struct kernel gemm[TYPES][TILE_COUNT][2];
-    void *plain[TYPES], *dequantize[TYPES], *sum_splits[TYPES], *add_bias[TYPES];
+    cublas_gemm_ex *gemm_ex;                                         /* NULL where there is no cuBLAS */
+    struct kernel gemv[FAST_TYPES][GEMV_SHIFTS][2][2][WARP_CHOICES]; /* [whole stages][zero points][log2 of warps] */
+    struct kernel gemm[FAST_TYPES][TILE_COUNT][2];
+    void *plain[TYPES], *dequantize[TYPES], *add_bias[TYPES], *sum_splits[FAST_TYPES];
 };
 
 const char *awq_sentence(const char *format, ...) {
@@ -201,10 +208,10 @@ static const char *find_plain(struct awq_gpu *gpu, void *module, int type) {
         void **function;
     } wanted[] = {{"plain", &gpu->plain[type]},
                   {"dequantize", &gpu->dequantize[type]},
-                  {"sum_splits", &gpu->sum_splits[type]},
-                  {"add_bias", &gpu->add_bias[type]}};
+                  {"add_bias", &gpu->add_bias[type]},
+                  {"sum_splits", &gpu->sum_splits[type % FAST_TYPES]}};
     const char *error = NULL;
-    for (int i = 0; i < 4 && !error; i++) {
+    for (int i = 0; i < (type < FAST_TYPES ? 4 : 3) && !error; i++) {
         char name[64];
         snprintf(name, sizeof name, "awq_%s_%s", wanted[i].name, TYPE_NAMES[type]);
         error = find(gpu, module, name, 0, wanted[i].function);
@@ -215,7 +222,7 @@ static const char *find_plain(struct awq_gpu *gpu, void *module, int type) {
 static const char *find_kernels(struct awq_gpu *gpu, void *module) {
     const char *error = NULL;
     for (int type = 0; type < TYPES && !error; type++) {
-        for (int zero_points = 0; zero_points < 2 && !error; zero_points++) {
+        for (int zero_points = 0; zero_points < 2 && type < FAST_TYPES && !error; zero_points++) {
             for (int i = 0; i < 2 * GEMV_SHIFTS && !error; i++)
                 error = find_gemv(gpu, module, type, SMALLEST_SHIFT + i / 2, i % 2, zero_points);
             for (int i = 0; i < TILE_COUNT && !error; i++) error = find_gemm(gpu, module, type, i, zero_points);
@@ -268,7 +275,7 @@ const struct awq_gpu *awq_gpu_open(const char *driver, const char *folder, const
 
 /* ---- planning ---- */
 
-static int type_index(int type) { return type == AWQ_BFLOAT16; }
+static int type_index(int type) { return type == AWQ_FLOAT16 ? 0 : type == AWQ_BFLOAT16 ? 1 : 2; }
 
 static int block_shift(const struct awq_weight *weight) {
     int shift = 0;
@@ -280,9 +287,8 @@ static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char *awq_refusal(const struct awq_weight *weight) {
     const int64_t limit = INT32_MAX - 1024;
-    if (weight->type != AWQ_FLOAT16 && weight->type != AWQ_BFLOAT16)
-        return "the CUDA kernels compute in float16 and bfloat16 only: convert the model to one of them, or leave this "
-               "node to onnxruntime";
+    if (weight->type != AWQ_FLOAT16 && weight->type != AWQ_BFLOAT16 && weight->type != AWQ_FLOAT32)
+        return "activations must be float16, bfloat16 or float32";
     if (weight->block_size < 16 || weight->block_size > 256 || (weight->block_size & (weight->block_size - 1)))
         return "block_size must be 16, 32, 64, 128 or 256";
     if (weight->N < 1 || weight->K < 1 || weight->N > limit || weight->K > limit)
@@ -325,8 +331,9 @@ static void split(struct plan *plan, const struct awq_gpu *gpu, const struct awq
 
 static struct plan make_plan(const struct awq_gpu *gpu, const struct awq_weight *weight, int64_t M, int with_cublas) {
     struct plan plan = {PLAIN, 0, 1, 0};
-    if (M >= CUBLAS_FROM && with_cublas && gpu->gemm_ex) plan.way = CUBLAS;
-    else if (weight->block_size < 1 << SMALLEST_SHIFT) plan.way = PLAIN;
+    if (M >= (weight->type == AWQ_FLOAT32 ? CUBLAS_FROM_FLOAT32 : CUBLAS_FROM) && with_cublas && gpu->gemm_ex)
+        plan.way = CUBLAS;
+    else if (weight->type == AWQ_FLOAT32 || weight->block_size < 1 << SMALLEST_SHIFT) plan.way = PLAIN;
     else if (M <= AWQ_GEMV_TOKENS && weight->N >= AWQ_GEMV_ROWS &&
              weight->block_size < 1 << (SMALLEST_SHIFT + GEMV_SHIFTS))
         plan.way = GEMV;
@@ -339,7 +346,7 @@ static struct plan make_plan(const struct awq_gpu *gpu, const struct awq_weight 
 }
 
 static size_t workspace_of(const struct plan *plan, const struct awq_weight *weight, int64_t M) {
-    if (plan->way == CUBLAS) return (size_t)weight->N * (size_t)weight->K * 2;
+    if (plan->way == CUBLAS) return (size_t)weight->N * (size_t)weight->K * (weight->type == AWQ_FLOAT32 ? 4 : 2);
     return plan->splits > 1 ? (size_t)plan->splits * (size_t)M * (size_t)weight->N * sizeof(float) : 0;
 }
 
@@ -425,7 +432,7 @@ static const char *run_cublas(const struct awq_gpu *gpu, int type, const struct 
     const struct shape words = {{p->N, ceil_div(p->K, 8 * 256), 1}, 256, 0};
     const struct shape elements = {{ceil_div((int64_t)p->M * p->N, 256), 1, 1}, 256, 0};
     const float one = 1, zero = 0;
-    const int kind = type ? CUDA_R_16BF : CUDA_R_16F;
+    const int kind = CUBLAS_TYPES[type];
     struct awq_params weight = *p;
     weight.y = call->workspace;
     weight.aligned = p->K % ALIGNED_INPUTS == 0 && (uintptr_t)call->workspace % 16 == 0;

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 /* Of activations, scales, bias and output; ONNX's numbers (TensorProto.DataType), and onnxruntime's. */
-enum awq_type { AWQ_FLOAT16 = 10, AWQ_BFLOAT16 = 16 };
+enum awq_type { AWQ_FLOAT32 = 1, AWQ_FLOAT16 = 10, AWQ_BFLOAT16 = 16 };
 
 /* A weight (N, K) of 4 bits: codes uint8 (N, G, block_size / 2), G = ceil(K / block_size). */
 struct awq_weight {

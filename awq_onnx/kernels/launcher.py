@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from awq_onnx.errors import RuntimeFailedError
 
-FLOAT16, BFLOAT16 = 10, 16  # numbers of ONNX
+FLOAT32, FLOAT16, BFLOAT16 = 1, 10, 16  # numbers of ONNX
 Array = NDArray[Any]
+_TYPES = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16}
 
 
 class Weight(Structure):
@@ -64,13 +65,13 @@ class Launcher:
     ) -> Array:
         """A (…, K) times the weight, (…, N): what `reference.matmul_nbits` computes, on the arrays' device.
 
-        a: float16, or bfloat16 as it is or as uint16; contiguous, like all others. scales, bias: of its dtype. out:
-        where the product goes. workspace: uint8, at least as large as `workspace_bytes` says. cublas: a handle, for
-        products of many rows. stream: of CUDA, 0 the default one.
+        a: float16, float32, or bfloat16 as it is or as uint16; contiguous, like all others. scales, bias: of its dtype.
+        out: where the product goes. workspace: uint8, at least as large as `workspace_bytes` says. cublas: a handle,
+        for products of many rows. stream: of CUDA, 0 the default one.
         """
         N, _, block_bytes = codes.shape
         K = a.shape[-1]
-        weight = Weight(N, K, 2 * block_bytes, FLOAT16 if a.dtype == np.float16 else BFLOAT16)
+        weight = Weight(N, K, 2 * block_bytes, _TYPES.get(a.dtype, BFLOAT16))
         M = a.size // K
         if out is None:
             out = np.empty((*a.shape[:-1], N), a.dtype, like=a)

@@ -38,8 +38,10 @@
 #define PLAIN(T, type)                                                                                                 \
     KERNEL(awq_plain_##type, 256, 1) { plain::multiply<T>(p); }                                                        \
     KERNEL(awq_dequantize_##type, 256, 1) { plain::dequantize<T>(p); }                                                 \
-    KERNEL(awq_sum_splits_##type, 256, 1) { plain::sum_splits<T>(p); }                                                 \
     KERNEL(awq_add_bias_##type, 256, 1) { plain::add_bias<T>(p); }
+
+#define SUM_SPLITS(T, type)                                                                                            \
+    KERNEL(awq_sum_splits_##type, 256, 1) { plain::sum_splits<T>(p); }
 
 GEMVS(Half, f16)
 GEMVS(Bfloat, bf16)
@@ -47,3 +49,6 @@ GEMMS(Half, f16)
 GEMMS(Bfloat, bf16)
 PLAIN(Half, f16)
 PLAIN(Bfloat, bf16)
+PLAIN(plain::Single, f32)
+SUM_SPLITS(Half, f16)
+SUM_SPLITS(Bfloat, bf16)

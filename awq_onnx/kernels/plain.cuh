@@ -3,11 +3,51 @@
 
 namespace plain {
 
+// float32, which only these kernels know.
+struct Single {
+    static DEVICE float wide(float value) { return value; }
+    static DEVICE float narrow(float value) { return value; }
+};
+
+// What a number takes in memory; in params.h all are of 16 bits.
+template <class T>
+struct Stored {
+    typedef u16 type;
+};
+template <>
+struct Stored<Single> {
+    typedef float type;
+};
+
+template <class T>
+DEVICE float number(const u16 *numbers, u64 at) {
+    return T::wide(reinterpret_cast<const typename Stored<T>::type *>(numbers)[at]);
+}
+
+template <class T>
+DEVICE void put(u16 *numbers, u64 at, float value) {
+    reinterpret_cast<typename Stored<T>::type *>(numbers)[at] = T::narrow(value);
+}
+
+// Eight inputs of row m of `a` from input k on, zeros beyond M and K.
+template <class T>
+DEVICE void load(const awq_params &p, float (&x)[8], int m, int k) {
+    if constexpr (sizeof(typename Stored<T>::type) == sizeof(u16)) {
+        const Words4 read = activations(p, m, k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = T::wide(static_cast<u16>(read.word[i / 2] >> 16 * (i % 2)));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i] = m < p.M && k + i < p.K ? number<T>(p.a, static_cast<u64>(m) * p.K + k + i) : 0;
+    }
+}
+
 // The eight codes of a word, each less the zero point of its block, times its scale, in float32.
 template <class T>
 DEVICE void dequantize_word(const awq_params &p, float (&w)[8], int n, int word) {
     const int block = 8 * word >> p.block_shift;
-    const float scale = T::wide(p.scales[static_cast<u64>(n) * p.G + block]);
+    const float scale = number<T>(p.scales, static_cast<u64>(n) * p.G + block);
     const u32 zero_point =
         p.zero_points ? zero_point_of(p.zero_points + static_cast<u64>(n) * p.zero_point_stride, block) : 8u;
     const u32 codes = reinterpret_cast<const u32 *>(p.codes + static_cast<u64>(n) * (p.padded_K / 2))[word];
@@ -25,16 +65,17 @@ DEVICE void make_outputs(const awq_params &p, int first_m, int n, int lane) {
         dequantize_word<T>(p, w, n, word);
 #pragma unroll
         for (int j = 0; j < TOKENS; j++) {
-            const Words4 x = activations(p, first_m + j, 8 * word);
+            float x[8];
+            load<T>(p, x, first_m + j, 8 * word);
 #pragma unroll
-            for (int i = 0; i < 8; i++) sums[j] += w[i] * T::wide(static_cast<u16>(x.word[i / 2] >> 16 * (i % 2)));
+            for (int i = 0; i < 8; i++) sums[j] += w[i] * x[i];
         }
     }
 #pragma unroll
     for (int j = 0; j < TOKENS; j++) {
         const float sum = sum_of_warp(sums[j]);
         if (lane == 0 && first_m + j < p.M)
-            p.y[static_cast<u64>(first_m + j) * p.N + n] = T::narrow(p.bias ? sum + T::wide(p.bias[n]) : sum);
+            put<T>(p.y, static_cast<u64>(first_m + j) * p.N + n, p.bias ? sum + number<T>(p.bias, n) : sum);
     }
 }
 
@@ -54,17 +95,17 @@ DEVICE void dequantize(const awq_params &p) {
     if (k >= p.K) return;
     float w[8];
     dequantize_word<T>(p, w, n, word);
-    u16 *to = p.y + static_cast<u64>(n) * p.K + k;
-    Words4 packed = {{0, 0, 0, 0}};
+    const u64 at = static_cast<u64>(n) * p.K + k;
+    if (sizeof(typename Stored<T>::type) == sizeof(u16) && p.aligned) {
+        Words4 packed = {{0, 0, 0, 0}};
 #pragma unroll
-    for (int i = 0; i < 8; i++) packed.word[i / 2] |= static_cast<u32>(T::narrow(w[i])) << 16 * (i % 2);
-    if (p.aligned) {
-        *reinterpret_cast<Words4 *>(to) = packed;
+        for (int i = 0; i < 8; i++) packed.word[i / 2] |= static_cast<u32>(T::narrow(w[i])) << 16 * (i % 2);
+        *reinterpret_cast<Words4 *>(p.y + at) = packed;
         return;
     }
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        if (k + i < p.K) to[i] = static_cast<u16>(packed.word[i / 2] >> 16 * (i % 2));
+        if (k + i < p.K) put<T>(p.y, at + i, w[i]);
 }
 
 // y = the sums over the parts of K, in order, plus the bias: an element for a thread.
@@ -72,16 +113,16 @@ template <class T>
 DEVICE void sum_splits(const awq_params &p) {
     const u64 at = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x, size = static_cast<u64>(p.M) * p.N;
     if (at >= size) return;
-    float sum = p.bias ? T::wide(p.bias[at % p.N]) : 0;
+    float sum = p.bias ? number<T>(p.bias, at % p.N) : 0;
     for (int split = 0; split < p.splits; split++) sum += p.partial[split * size + at];
-    p.y[at] = T::narrow(sum);
+    put<T>(p.y, at, sum);
 }
 
 // y += bias.
 template <class T>
 DEVICE void add_bias(const awq_params &p) {
     const u64 at = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < static_cast<u64>(p.M) * p.N) p.y[at] = T::narrow(T::wide(p.y[at]) + T::wide(p.bias[at % p.N]));
+    if (at < static_cast<u64>(p.M) * p.N) put<T>(p.y, at, number<T>(p.y, at) + number<T>(p.bias, at % p.N));
 }
 
 }  // namespace plain

@@ -4,9 +4,6 @@
 
 #include "launch.h"
 
-/* Beside enum awq_type, here alone. */
-enum { AWQ_FLOAT32 = 1 };
-
 /* Why such a weight is not served, a sentence; NULL where it is. */
 const char *awq_reference_refusal(const struct awq_weight *weight);
 

@@ -33,7 +33,6 @@ def floats_as_zero_points() -> Node:
 
 LEFT = [
     pytest.param(EIGHT_BITS, "its weight has 8 bits, the kernels know 4", id="8 bits"),
-    pytest.param(node(dtype=np.float32, name="odd"), "its type is float32, the kernels know float16", id="float32"),
     pytest.param(
         node(dtype=HALF, name="odd", group_index=np.zeros(40, np.int32)), "it has the input g_idx", id="g_idx"
     ),

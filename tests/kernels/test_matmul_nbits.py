@@ -23,7 +23,8 @@ Array = NDArray[Any]
 
 TYPES = [pytest.param(np.float16, id="float16"), pytest.param(bfloat16, id="bfloat16")]
 ZERO_POINTS = [pytest.param(False, id="symmetric"), pytest.param(True, id="zero points")]
-EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(bfloat16): 2.0**-8}  # of rounding, relative
+SINGLE = pytest.param(np.float32, id="float32")  # which the simple kernels know
+EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(bfloat16): 2.0**-8, np.dtype(np.float32): 2.0**-22}  # of rounding
 COMPARED = 700  # columns
 MARGIN = 64  # elements around an output that must stay as they are
 POISON = 0x7E5A  # NaN in float16, a large number in bfloat16
@@ -84,8 +85,10 @@ class Case:
 def product(device: Emulated | Gpu, case: Case, with_cublas: bool = False) -> Array:
     """What the device makes of a case, its output poisoned before, and nothing written around it."""
     M, N = case.a.shape[0], len(case.codes)
-    around = device.put(np.full(M * N + 2 * MARGIN, POISON, np.uint16))
-    out = around[MARGIN : MARGIN + M * N].reshape(M, N)
+    words = case.a.dtype.itemsize // 2  # of 16 bits, in a number
+    around = device.put(np.full(words * M * N + 2 * MARGIN, POISON, np.uint16))
+    out = around[MARGIN : MARGIN + words * M * N]
+    out = (out.view(np.float32) if words == 2 else out).reshape(M, N)
     tensors = [None if one is None else device.put(one) for one in (case.a, case.codes, case.scales)]
     more = [None if one is None else device.put(one) for one in (case.zero_points, case.bias)]
     cublas = device.cublas if with_cublas else 0
@@ -139,7 +142,7 @@ def test_more_rows(
 def test_any_shape(device: Emulated | Gpu, data: st.DataObject) -> None:
     M, N, K = (data.draw(st.integers(1, most), label=name) for name, most in (("M", 20), ("N", 90), ("K", 700)))
     block_size = data.draw(st.sampled_from([16, 32, 64, 128, 256]), label="block_size")
-    dtype = data.draw(st.sampled_from([np.float16, bfloat16]), label="dtype")
+    dtype = data.draw(st.sampled_from([np.float16, bfloat16, np.float32]), label="dtype")
     zero_points, bias = data.draw(st.booleans(), label="zero_points"), data.draw(st.booleans(), label="bias")
     check(device, Case.random(M, N, K, block_size, dtype, zero_points, bias))
 
@@ -163,7 +166,7 @@ def test_sizes_of_real_layers(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [*TYPES, SINGLE])
 def test_many_rows_with_cublas(device: Emulated | Gpu, dtype: Any, bias: bool) -> None:
     check(device, Case.random(300, 40, 203, 32, dtype, True, bias), with_cublas=True)
 

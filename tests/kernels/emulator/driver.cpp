@@ -11,8 +11,14 @@ const size_t SHARED_BYTES = 227 << 10;
 std::vector<std::string> launches;  // names, in order
 
 float element(const void *matrix, int type, size_t at) {
+    if (type == 0) return static_cast<const float *>(matrix)[at];
     const u16 bits = static_cast<const u16 *>(matrix)[at];
     return type == 2 ? Half::wide(bits) : Bfloat::wide(bits);
+}
+
+void put(void *matrix, int type, size_t at, float value) {
+    if (type == 0) static_cast<float *>(matrix)[at] = value;
+    else static_cast<u16 *>(matrix)[at] = type == 2 ? Half::narrow(value) : Bfloat::narrow(value);
 }
 
 }  // namespace
@@ -79,8 +85,7 @@ int cublasGemmEx(void *, int transpose_a, int transpose_b, int m, int n, int k, 
             for (int i = 0; i < k; i++)
                 sum += element(a, type_a, static_cast<size_t>(row) * lda + i) *
                        element(b, type_b, static_cast<size_t>(column) * ldb + i);
-            static_cast<u16 *>(c)[static_cast<size_t>(column) * ldc + row] =
-                type_a == 2 ? Half::narrow(sum) : Bfloat::narrow(sum);
+            put(c, type_a, static_cast<size_t>(column) * ldc + row, sum);
         }
     return SUCCESS;
 }
