@@ -150,22 +150,7 @@ def search_group(
     statistics: of the inputs that calibration has run, by name. formats: of every site; those of one weight have one.
     random: on noise. spread: a map for pieces of work. device: where the statistics are.
     """
-    with device.turn:
-        spread = device.map_of(spread)
-        return _search_group(group, channels, statistics, formats, recipe, opened, random, spread, device)
-
-
-def _search_group(
-    group: Group,
-    channels: ChannelMap | Refusal | None,
-    statistics: Mapping[str, InputStatistics],
-    formats: Mapping[Site, Format],
-    recipe: Recipe,
-    opened: OpenedModel,
-    random: bool,
-    spread: Spread,
-    device: Device,
-) -> Found:
+    spread = device.map_of(spread)
     layers = layers_of(group)
     seen, readers = _readers(layers, statistics, formats, opened, device, spread)
     absorbers = absorbers_of(group, channels, bool(seen))
@@ -217,21 +202,7 @@ def try_group(
 
     The other arguments are those of `search_group`.
     """
-    with device.turn:
-        return _try_group(group, channels, statistics, formats, recipe, opened, random, device.map_of(spread), device)
-
-
-def _try_group(
-    group: Group,
-    channels: ChannelMap | Refusal | None,
-    statistics: Mapping[str, InputStatistics],
-    formats: Mapping[Site, Sequence[Format]],
-    recipe: Recipe,
-    opened: OpenedModel,
-    random: bool,
-    spread: Spread,
-    device: Device,
-) -> dict[Site, Trial]:
+    spread = device.map_of(spread)
     layers = layers_of(group)
     first = {site: some[0] for site, some in formats.items()}
     seen, readers = _readers(layers, statistics, first, opened, device, spread)

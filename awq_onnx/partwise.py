@@ -102,17 +102,18 @@ class Partwise:
         formats = {site: self.formats[site] for site in group.sites}
 
         def work(spread: Spread) -> Found:
-            return groups.search_group(
-                group,
-                channels,
-                statistics,
-                formats,
-                job.recipe,
-                job.opened,
-                random=random,
-                spread=spread,
-                device=job.device,
-            )
+            with job.device.turn:
+                return groups.search_group(
+                    group,
+                    channels,
+                    statistics,
+                    formats,
+                    job.recipe,
+                    job.opened,
+                    random=random,
+                    spread=spread,
+                    device=job.device,
+                )
 
         self._searched.append((group, submit(workers, group, work, drifts=drifts)))
 

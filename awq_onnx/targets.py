@@ -246,9 +246,10 @@ def _trials(
         def work(spread: Spread) -> Trials:
             wanted = {site: formats[site] for site in group.sites}
             maps, recipe, opened, device = traced.maps.get(group), job.recipe, job.opened, job.device
-            found = groups.try_group(
-                group, maps, statistics, wanted, recipe, opened, random=data.random, spread=spread, device=device
-            )
+            with device.turn:
+                found = groups.try_group(
+                    group, maps, statistics, wanted, recipe, opened, random=data.random, spread=spread, device=device
+                )
             paths = {site: folder / f"{numbers[site]}.npz" for site in found}
             return {site: _Tried(one.losses, stand_ins.of_trial(site, one, paths[site])) for site, one in found.items()}
 

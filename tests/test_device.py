@@ -234,9 +234,9 @@ def wide() -> np.ndarray[Any, Any]:
 def test_one_search_at_a_time_holds_the_device(quality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turn, taken = Lock(), []
     monkeypatch.setattr(pipeline, "device_of", lambda _: replace(ELSEWHERE, turn=turn))
-    for name in ("_search_group", "_try_group"):
+    for name in ("search_group", "try_group"):
         work = getattr(groups, name)
-        monkeypatch.setattr(groups, name, lambda *args, work=work: taken.append(turn.locked()) or work(*args))
+        monkeypatch.setattr(groups, name, lambda *a, work=work, **kw: taken.append(turn.locked()) or work(*a, **kw))
     model = save(tiny_decoder(), tmp_path / "model.onnx")
     bytes_made(model, tmp_path / "there", replace(QUICK, quality=quality), "cuda")
     assert len(taken) > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from awq_onnx.kernels.compile import cache_folder
+
 
 def installed(requirement: str) -> Path:
     """The folder to put on the path. Skips the test where pip cannot get the package, which it does once."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    folder = _cache() / "wheels" / f"{requirement.replace('==', '-')}-{python}"
+    folder = cache_folder() / "wheels" / f"{requirement.replace('==', '-')}-{python}"
     if not folder.exists():
         _install(requirement, folder)
     return folder
@@ -44,8 +45,3 @@ def _install(requirement: str, folder: Path) -> None:
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _cache() -> Path:
-    root = os.environ.get("AWQ_ONNX_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "awq-onnx"

@@ -12,12 +12,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awq_onnx.kernels.adoption import Adoption, Left, adopt
+    from awq_onnx.adoption import adopt
     from awq_onnx.kernels.library import register
+    from awq_onnx.passes.adopt import Adoption, Left
 
 __all__ = ["Adoption", "Left", "adopt", "register"]
 
-_HOMES = {"Adoption": "adoption", "Left": "adoption", "adopt": "adoption", "register": "library"}
+_HOMES = {
+    "Adoption": "awq_onnx.passes.adopt",
+    "Left": "awq_onnx.passes.adopt",
+    "adopt": "awq_onnx.adoption",
+    "register": "awq_onnx.kernels.library",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,7 +31,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -103,7 +103,7 @@ def _copy_whole(source: Path, target: Path) -> None:
 
 
 def _adopt(arguments: argparse.Namespace) -> None:
-    from awq_onnx.kernels.adoption import adopt
+    from awq_onnx.adoption import adopt
 
     adoption = adopt(arguments.model, arguments.output, overwrite=arguments.force)
     print(f"{len(adoption.moved)} MatMulNBits moved to the domain awq_onnx, {len(adoption.left)} left to onnxruntime")

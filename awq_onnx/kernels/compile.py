@@ -68,7 +68,7 @@ def compile_source(source: Path, capability: int, *options: str) -> MachineCode:
 def cubin_folder() -> Path:
     """A folder with the kernels of `matmul_nbits.cu` for the GPU at hand: compiled when they are asked for the first
     time, kept in $AWQ_ONNX_CACHE, or else ~/.cache/awq-onnx. Raises MissingPackageError where there is no GPU."""
-    folder = _cache() / "kernels" / _fingerprint()
+    folder = cache_folder() / "kernels" / _fingerprint()
     capability = _capability()
     if not (folder / cubin_name(capability)).exists():
         write_cubins(folder, capability)
@@ -129,7 +129,8 @@ def _capability() -> int:
         ) from error
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """What can be made again is kept there: $AWQ_ONNX_CACHE, or else ~/.cache/awq-onnx."""
     root = os.environ.get("AWQ_ONNX_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "awq-onnx"
 

@@ -39,6 +39,9 @@ struct Layout {
 // row number, in reverse, also part the rows that read 8 and 16 bytes at once.
 DEVICE int place(int row, int chunk) { return chunk ^ ((row & 1) << 2 | (row & 2) | (row & 4) >> 2); }
 
+// The last tile ends with the last row, even if others hold its first rows too: both write the same there.
+DEVICE int first_row_of(const awq_params &p, int tile) { return min(tile * ROWS, p.N - ROWS); }
+
 // The stages of a warp, in order: tile by tile of the block, and of each the stages that are this warp's. What this lane
 // copies of one lies so many bytes behind what it copied of the one before.
 template <class At>
@@ -70,12 +73,10 @@ struct Fetcher {
         first_small = scales ? scales_of(p, lane % ROWS, block) : zero_points_of(p, lane % ROWS, block);
         enter();
     }
-    // The last tile ends with the last row, even if others hold its first rows too: both write the same there.
-    DEVICE int first_row() const { return min(tile * ROWS, p.N - ROWS); }
-
     DEVICE void enter() {
-        codes = first_codes + static_cast<u64>(static_cast<u32>(first_row())) * codes_bytes;
-        small = first_small + static_cast<u64>(static_cast<u32>(first_row())) * small_bytes;
+        const u64 row = static_cast<u32>(first_row_of(p, tile));
+        codes = first_codes + row * codes_bytes;
+        small = first_small + row * small_bytes;
     }
     DEVICE void next() {
         stage += warps;
@@ -108,11 +109,11 @@ struct Fetcher {
         }
         const int block = stage * (STAGE >> At::SHIFT), blocks = min(STAGE >> At::SHIFT, p.G - block);
         for (int i = lane; i < ROWS * At::SCALE_WORDS; i += 32)
-            copy_word(scales + 4 * i, scales_of(p, first_row() + i / At::SCALE_WORDS, block), 2 * blocks,
+            copy_word(scales + 4 * i, scales_of(p, first_row_of(p, tile) + i / At::SCALE_WORDS, block), 2 * blocks,
                       i % At::SCALE_WORDS);
         if (At::ZERO_POINTS)
-            copy_word(zero_points + 4 * lane, zero_points_of(p, first_row() + lane / 2, block), (blocks + 1) / 2,
-                      lane % 2);
+            copy_word(zero_points + 4 * lane, zero_points_of(p, first_row_of(p, tile) + lane / 2, block),
+                      (blocks + 1) / 2, lane % 2);
     }
 };
 
@@ -187,7 +188,7 @@ DEVICE void multiply(const awq_params &p, float (&sums)[4], const u8 *stage, con
     }
 }
 
-// The sums of all warps, to y: every thread of the first 128 adds one element up.
+// The sums of all warps, to y.
 template <class T>
 DEVICE void finish(const awq_params &p, float *shared, const float (&sums)[4], int first_row) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
@@ -222,7 +223,7 @@ DEVICE void run(const awq_params &p) {
     Words4 x[CHUNKS];  // of the stage that comes next: under way while the one before is multiplied
     if (warp < stages) load<At>(p, x, warp * STAGE, lane);
     for (int tile = blockIdx.x; tile < fetcher.tiles; tile += gridDim.x) {
-        const int first_row = min(tile * ROWS, p.N - ROWS);
+        const int first_row = first_row_of(p, tile);
         float sums[4] = {0, 0, 0, 0};
         for (int stage = warp; stage < stages; stage += warps) {
             wait_for_copies<STAGES - 2>();

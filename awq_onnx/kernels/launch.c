@@ -33,18 +33,14 @@ typedef int cublas_gemm_ex(void *, int, int, int, int, int, const void *, const 
                            int, const void *, void *, int, int, int, int);
 
 /* CUdevice_attribute, CUfunction_attribute, cudaDataType, cublasComputeType_t, cublasOperation_t, cublasGemmAlgo_t */
-enum { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, MOST_SHARED_BYTES = 97 };
+enum { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 };
 enum { MAX_DYNAMIC_SHARED_BYTES = 8 };
 enum { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
 enum { CUBLAS_COMPUTE_32F = 68, CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, ANY_ALGORITHM = -1 };
 
-enum {
-    TYPES = 3,
-    FAST_TYPES = 2,
-    WARP_CHOICES = 4,
-    SMALLEST_SHIFT = 5,
-    GEMV_SHIFTS = 3
-}; /* the GEMV's blocks: 32, 64, 128 */
+enum { TYPES = 3, FAST_TYPES = 2 };           /* the last, float32, has only simple kernels */
+enum { SMALLEST_SHIFT = 5, GEMV_SHIFTS = 3 }; /* the GEMV's blocks: 32, 64, 128 */
+enum { WARP_CHOICES = 4 };                    /* of a block of the GEMV: 1, 2, 4, 8 */
 static const char *const TYPE_NAMES[TYPES] = {"f16", "bf16", "f32"};
 static const int CUBLAS_TYPES[TYPES] = {CUDA_R_16F, CUDA_R_16BF, CUDA_R_32F};
 
@@ -62,6 +58,7 @@ enum { CUBLAS_FROM = 257, CUBLAS_FROM_FLOAT32 = 16 };
 /* K is cut until so many blocks have work on a multiprocessor, but not into parts below so many stages. */
 enum { BLOCKS_WANTED = 2, FEWEST_STAGES = 8, MOST_SPLITS = 16 };
 
+/* A kernel whose blocks stay until all is done. */
 struct kernel {
     void *function;
     int blocks; /* of them that fit on a multiprocessor */
@@ -74,7 +71,7 @@ struct awq_gpu {
     DRIVER_FUNCTIONS(DRIVER_POINTER)
     cublas_gemm_ex *gemm_ex;                                         /* NULL where there is no cuBLAS */
     struct kernel gemv[FAST_TYPES][GEMV_SHIFTS][2][2][WARP_CHOICES]; /* [whole stages][zero points][log2 of warps] */
-    struct kernel gemm[FAST_TYPES][TILE_COUNT][2];
+    void *gemm[FAST_TYPES][TILE_COUNT][2];
     void *plain[TYPES], *dequantize[TYPES], *add_bias[TYPES], *sum_splits[FAST_TYPES];
 };
 
@@ -190,16 +187,11 @@ static const char *find_gemv(struct awq_gpu *gpu, void *module, int type, int sh
 
 static const char *find_gemm(struct awq_gpu *gpu, void *module, int type, int tile, int zero_points) {
     char name[64];
-    struct kernel *kernel = &gpu->gemm[type][tile][zero_points];
     const struct tile *shape = &TILES[tile];
     const int shared_bytes = AWQ_GEMM_SHARED_BYTES(shape->rows, shape->tokens);
     snprintf(name, sizeof name, "awq_gemm_%s_%dx%d%s", TYPE_NAMES[type], shape->rows, shape->tokens,
              zero_points ? "_zp" : "");
-    const char *error = find(gpu, module, name, shared_bytes, &kernel->function);
-    if (!error)
-        gpu->cuOccupancyMaxActiveBlocksPerMultiprocessor(&kernel->blocks, kernel->function, shape->threads,
-                                                         (size_t)shared_bytes);
-    return error;
+    return find(gpu, module, name, shared_bytes, &gpu->gemm[type][tile][zero_points]);
 }
 
 static const char *find_plain(struct awq_gpu *gpu, void *module, int type) {
@@ -423,7 +415,7 @@ static const char *run_gemm(const struct awq_gpu *gpu, int type, const struct pl
     p->splits = plan->splits;
     p->split_K = plan->split_K;
     p->partial = workspace;
-    const char *error = launch(gpu, gpu->gemm[type][plan->tile][p->zero_points != NULL].function, &shape, p, stream);
+    const char *error = launch(gpu, gpu->gemm[type][plan->tile][p->zero_points != NULL], &shape, p, stream);
     return error || p->splits == 1 ? error : launch(gpu, gpu->sum_splits[type], &sums, p, stream);
 }
 

@@ -182,10 +182,9 @@ static const char *refusal_of_tensors(const struct ort *ort, const OrtKernelInfo
     return NULL;
 }
 
-static const char *refusal(const struct ort *ort, const OrtKernelInfo *info, const struct kernel *kernel) {
-    const struct awq_weight *weight = &kernel->weight;
+static const char *refusal(const struct ort *ort, const OrtKernelInfo *info, const struct awq_weight *weight) {
     const char *reason = refusal_of_format(ort, info);
-    if (!reason) reason = kernel->computes_on_cpu ? awq_reference_refusal(weight) : awq_refusal(weight);
+    if (!reason) reason = awq_refusal(weight);
     return reason ? reason : refusal_of_tensors(ort, info, weight);
 }
 
@@ -229,7 +228,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *interface, const void *api, c
     kernel->weight.K = attribute(ort, info, "K", 0);
     kernel->weight.block_size = attribute(ort, info, "block_size", 0);
     kernel->weight.type = op->type;
-    const char *reason = refusal(ort, info, kernel);
+    const char *reason = refusal(ort, info, &kernel->weight);
     OrtStatus *status = reason ? refused(ort, info, reason) : open_kernel(kernel, info);
     if (status) destroy_kernel(kernel);
     else *created = kernel;

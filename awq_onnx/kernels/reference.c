@@ -69,16 +69,6 @@ static void dequantize_row(const struct awq_weight *weight, const struct awq_cal
     }
 }
 
-const char *awq_reference_refusal(const struct awq_weight *weight) {
-    if (weight->type != AWQ_FLOAT32 && weight->type != AWQ_FLOAT16 && weight->type != AWQ_BFLOAT16)
-        return "activations must be float32, float16 or bfloat16";
-    if (weight->block_size < 16 || weight->block_size > 256 || (weight->block_size & (weight->block_size - 1)))
-        return "block_size must be 16, 32, 64, 128 or 256";
-    if (weight->N < 1 || weight->K < 1 || weight->N > INT32_MAX || weight->K > INT32_MAX)
-        return "N and K must be at least 1, and below 2^31";
-    return NULL;
-}
-
 const char *awq_reference(const struct awq_weight *weight, const struct awq_call *call) {
     if (call->M == 0) return NULL;
     float *row = malloc((size_t)weight->K * sizeof *row);

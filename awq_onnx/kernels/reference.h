@@ -4,10 +4,7 @@
 
 #include "launch.h"
 
-/* Why such a weight is not served, a sentence; NULL where it is. */
-const char *awq_reference_refusal(const struct awq_weight *weight);
-
-/* The product, its pointers in the CPU's memory, summed in float32. Returns NULL, or a sentence. */
+/* The product of a weight that is not refused (awq_refusal), its pointers in the CPU's memory, summed in float32. Returns NULL, or a sentence. */
 const char *awq_reference(const struct awq_weight *weight, const struct awq_call *call);
 
 #endif

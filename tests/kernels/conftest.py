@@ -1,17 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from gpus import Emulated, Gpu, emulated, gpu
-
-
-@pytest.fixture(scope="session")
-def emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return emulated(tmp_path_factory.mktemp("emulated_gpu"))
-
-
-@pytest.fixture(scope="session")
-def real_gpu() -> Gpu:
-    return gpu()
+from gpus import Emulated, Gpu
 
 
 @pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])

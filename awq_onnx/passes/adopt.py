@@ -1,17 +1,11 @@
-"""Move the nodes that the CUDA kernels serve to a domain of their own, the others stay onnxruntime's."""
+"""Move the MatMulNBits nodes that the CUDA kernels serve to a domain of ours; the others stay onnxruntime's."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
-
-from awq_onnx.errors import ModelError
-from awq_onnx.output import OutputFiles
-from awq_onnx.store import ModelSource, open_model
 
 OP_TYPE, FROM, TO, VERSION = "MatMulNBits", "com.microsoft", "awq_onnx", 1
 SCALES, ZERO_POINTS, G_IDX = 2, 3, 4  # inputs
@@ -36,25 +30,8 @@ class Adoption:
     left: tuple[Left, ...]
 
 
-def adopt(model: ModelSource, output: str | os.PathLike[str], *, overwrite: bool = False) -> Adoption:
-    """Write a model whose MatMulNBits nodes are ours, awq_onnx::MatMulNBits, wherever the CUDA kernels serve them.
-
-    It runs in sessions with the library registered, see `register`: with replace=False the nodes that were left run on
-    onnxruntime's own kernel. The weights are copied as they are. The output appears whole or not at all.
-
-    Raises ModelError where no node can be moved, OutputError where the output exists or cannot be written.
-    """
-    with open_model(model) as opened, OutputFiles(Path(output), opened, overwrite=overwrite) as files:
-        adoption = _move(opened.model)
-        if not adoption.moved:
-            raise ModelError(f"{opened.path or 'the model'} has nothing for the kernels: {_why_nothing(adoption.left)}")
-        opened.model.opset_imports[TO] = VERSION
-        files.write(opened.model)
-        files.publish()
-    return adoption
-
-
-def _move(model: ir.Model) -> Adoption:
+def move(model: ir.Model) -> Adoption:
+    """Give the nodes that are served our domain, in place."""
     moved, left = [], []
     for node in _nodes(model):
         reason = refusal(node)
@@ -63,6 +40,8 @@ def _move(model: ir.Model) -> Adoption:
             moved.append(node.name or "")
         else:
             left.append(Left(node.name or "", reason))
+    if moved:
+        model.opset_imports[TO] = VERSION
     return Adoption(tuple(moved), tuple(left))
 
 
@@ -90,12 +69,6 @@ def refusal(node: ir.Node) -> str | None:
         known = "unknown" if dtype is None else str(dtype.numpy())
         return f"its type is {known}, the kernels know float16, bfloat16 and float32"
     return None
-
-
-def _why_nothing(left: tuple[Left, ...]) -> str:
-    if not left:
-        return f"it has no {FROM}::{OP_TYPE}; quantise it with awq-onnx first"
-    return f"none of its {len(left)} {OP_TYPE} can be moved; of {left[0].name}, {left[0].reason}"
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

@@ -15,9 +15,9 @@ from gpus import Emulated
 from nbits import MICROSOFT, OURS, Node, node
 from onnx import TensorProto, helper
 
-from awq_onnx import kernels
+from awq_onnx import adoption, kernels
 from awq_onnx.errors import ModelError, ModelFileError, OutputError
-from awq_onnx.kernels import adoption, library
+from awq_onnx.kernels import library
 from awq_onnx.kernels.__main__ import main
 from awq_onnx.output import OutputFiles
 
