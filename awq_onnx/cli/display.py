@@ -1,0 +1,69 @@
+"""What a person sees: progress on stderr, results as two columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichBar
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Labels and texts, a label only where it differs from the line before."""
+    width = max(len(label) for label, _ in rows)
+    lines, last = [], ""
+    for label, text in rows:
+        lines.append(f"{label if label != last else '':<{width}}  {text}")
+        last = label
+    return "\n".join(lines)
+
+
+class Display:
+    """Progress on stderr: on a terminal a bar for each stage, elsewhere a line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: RichBar | None = None
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal and not self._console.quiet:
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                console=self._console,
+                transient=False,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._finish_task()
+            self._bar.stop()
+
+    def stage(self, title: str) -> None:
+        if self._bar is None:
+            self._console.print(f"{title} ...", highlight=False, soft_wrap=True)
+            return
+        self._finish_task()
+        self._task = self._bar.add_task(title, total=1.0)
+
+    def advance(self, fraction: float) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, fraction)
+
+    def note(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _finish_task(self) -> None:
+        """A stage that ended shows as full, whether or not it told its progress."""
+        if self._bar is not None and self._bar.task_ids:
+            self._bar.update(self._bar.task_ids[-1], completed=1.0)

@@ -1,0 +1,52 @@
+"""Arguments that several commands take, and how a wrong one is told."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from awq_onnx.errors import RecipeError
+from awq_onnx.machine import size_bytes
+from awq_onnx.recipe import Recipe, help_of
+
+PROG = "awq-onnx"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument that cannot be used is told in one line, like every other mistake."""
+
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(RecipeError.exit_code, f"{PROG}: {message}; see {self.prog} --help\n")
+
+
+def size(text: str) -> int:
+    """500MB as bytes."""
+    try:
+        return size_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_choice(group: Any, name: str, choices: Sequence[str]) -> None:
+    """The option of a setting of the recipe that is one of several words."""
+    option = f"--{name.replace('_', '-')}"
+    group.add_argument(option, choices=choices, default=getattr(Recipe(), name), help=help_of(name))
+
+
+def add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> None:
+    """The option of a setting of the recipe that is a whole number."""
+    metavar = "N" if choices is None else "{" + ",".join(map(str, choices)) + "}"
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=int,
+        default=Recipe.__dataclass_fields__[name].default,
+        choices=choices,
+        metavar=metavar,
+        help=help_of(name),
+    )

@@ -1,0 +1,156 @@
+"""Quantise a model: argv -> Recipe -> quantize() -> the summary."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from awq_onnx._version import __version__
+from awq_onnx.cli.display import Display, two_columns
+from awq_onnx.cli.options import PROG, Parser, add_choice, add_number, size
+from awq_onnx.errors import RecipeError
+from awq_onnx.machine import CPU, DEVICES, Machine
+from awq_onnx.recipe import (
+    ACCURACY_LEVELS,
+    BITS,
+    BLOCK_SIZES,
+    LM_HEADS,
+    METHODS,
+    QUALITIES,
+    SCALES_FROM,
+    Recipe,
+    help_of,
+)
+
+EPILOG = """\
+examples:
+  awq-onnx model.onnx                                 writes model_int4.onnx and model_int4.onnx.data
+  awq-onnx model.onnx -o small/model.onnx --force     ... elsewhere, over what is there
+  awq-onnx model.onnx --calibration notes.txt         calibrated on your text (tokenizer.json beside the model)
+  awq-onnx encoder.onnx --calibration inputs.npz      ... on your inputs, arrays named like the model's inputs
+
+exit codes:
+  0 done                               5 the calibration data do not fit the model
+  2 an option cannot be used so        6 a Python package is missing
+  3 the model cannot be quantised      7 onnxruntime cannot run the model
+  4 the output cannot be written       8 a fault of awq-onnx
+  130 interrupted; the same command goes on from there
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        PROG,
+        "Quantise the weights of a transformer in ONNX to 4 bits with AWQ (activation-aware weight quantization). "
+        "The result runs in plain onnxruntime. No data, tokenizer or GPU is needed.",
+        EPILOG,
+    )
+    parser.add_argument("model", type=Path, help="the .onnx file to quantise; it is not changed")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: MODEL_int4.onnx beside the model)",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a summary")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--version", action="version", version=f"awq-onnx {__version__}")
+
+    calibration = parser.add_argument_group("calibration", "default: text that the model writes itself")
+    calibration.add_argument("--calibration", type=Path, metavar="FILE", help=".txt, .jsonl (field text), .npz or .npy")
+    calibration.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="folder of tokenizer.json (default: beside the model)"
+    )
+    add_number(calibration, "samples")
+    add_number(calibration, "sequence_length")
+    add_number(calibration, "seed")
+
+    choice = parser.add_argument_group("which layers, and how")
+    for name, metavar in (("include", "PATTERN"), ("exclude", "PATTERN"), ("override", "PATTERN:SETTINGS")):
+        choice.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=help_of(name))
+    add_choice(choice, "lm_head", LM_HEADS)
+    add_choice(choice, "embedding", LM_HEADS)
+    choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
+
+    method = parser.add_argument_group("quality")
+    add_choice(method, "quality", QUALITIES)
+    add_choice(method, "method", METHODS)
+    add_choice(method, "scale_from", SCALES_FROM)
+    method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
+
+    format_group = parser.add_argument_group("format")
+    add_number(format_group, "bits", BITS)
+    add_number(format_group, "block_size", BLOCK_SIZES)
+    format_group.add_argument("--target-bits", type=float, metavar="BITS", help=help_of("target_bits"))
+    format_group.add_argument("--target-size", type=size, metavar="SIZE", help=help_of("target_size"))
+    format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
+    add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
+
+    machine = parser.add_argument_group("machine", "the budget changes no bit of the result, threads hardly ever")
+    machine.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=CPU,
+        help="what computes; cuda wants onnxruntime-gpu and cupy (default: cpu)",
+    )
+    machine.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    machine.add_argument(
+        "--memory-budget",
+        type=size,
+        metavar="SIZE",
+        help="memory to work with, like 500MB or 2GiB (default: a quarter of what is free, at most 1GiB)",
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    recipe = _recipe(arguments)
+    from rich.console import Console
+
+    from awq_onnx.pipeline import quantize
+
+    with Display(Console(stderr=True, quiet=arguments.quiet)) as display:
+        report = quantize(
+            arguments.model,
+            _output(arguments),
+            recipe,
+            calibration=arguments.calibration,
+            tokenizer=arguments.tokenizer,
+            overwrite=arguments.force,
+            machine=_machine(arguments),
+            progress=display,
+        )
+    print(report.to_json() if arguments.json else two_columns(report.rows()))
+    return 0
+
+
+def interrupted(arguments: argparse.Namespace) -> str:
+    from awq_onnx.output import work_folder
+
+    kept = work_folder(_output(arguments)).exists()
+    return "the same command goes on from here" if kept else "nothing was written"
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    given: Path | None = arguments.output
+    model: Path = arguments.model
+    return given or model.with_name(f"{model.stem}_int4.onnx")
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    try:
+        return Machine(device=arguments.device, threads=arguments.threads, memory_budget=arguments.memory_budget)
+    except RecipeError as error:
+        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    try:
+        settings: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
+        repeated = {name: tuple(settings[name]) for name in ("include", "exclude", "override")}
+        return Recipe(**(settings | repeated))
+    except RecipeError as error:
+        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
