@@ -11,8 +11,10 @@ from builders import norm_and_readers, save, tiny_decoder
 from numpy.typing import NDArray
 
 from awq_onnx.calibrate.feeds import Input, Signature
-from awq_onnx.comparison import Comparison, compare, compare_sessions, kl_divergence
-from awq_onnx.errors import CalibrationError
+from awq_onnx.comparison import Comparison, compare_sessions
+from awq_onnx.errors import DifferentModelsError
+from awq_onnx.likelihood import kl_divergence
+from awq_onnx.pair import compare
 
 Array = NDArray[Any]
 
@@ -167,7 +169,7 @@ def test_logits_of_minus_infinity_count_for_nothing() -> None:
 
 
 def test_different_shapes_are_no_comparison() -> None:
-    with pytest.raises(CalibrationError, match="different shapes"):
+    with pytest.raises(DifferentModelsError, match="different shapes"):
         compared([random_logits(0, 5)], [random_logits(0, 4)], window([0, 1, 2, 3, 0]))
 
 
