@@ -19,7 +19,7 @@ import psutil
 from awq_onnx import runtime, speed, threads
 from awq_onnx.calibrate import data
 from awq_onnx.calibrate.data import Calibration
-from awq_onnx.calibrate.feeds import Feed, Input, Signature, signature
+from awq_onnx.calibrate.feeds import Feed, Input, Signature, complete, signature
 from awq_onnx.calibrate.shelf import Shelf
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
@@ -31,13 +31,16 @@ from awq_onnx.recipe import COMPARED, Recipe
 from awq_onnx.speed import Speed
 from awq_onnx.store import ModelSource, OpenedModel, open_model
 
-COPIES = 3  # of a model, about, while onnxruntime loads it as an application would
+COPIES = 3  # of a model, at most, in a session that is fast: fused and ordered weights, those of float16 as float32
 WHOLE_NUMBERS = "iu"  # kinds of numpy's types
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two opened models that take and return the same; `wanted` and `other` are their signatures."""
+    """Two opened models that take and return the same; `wanted` and `other` are their signatures.
+
+    What follows from other inputs (masks, positions, empty caches) may be an input of one of them alone.
+    """
 
     original: OpenedModel
     quantized: OpenedModel
@@ -47,7 +50,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model takes: bytes with its data files, and its speed; None where that was not measured."""
+    """What a model takes: bytes with its data files, and its speed; None where it was not measured, or would say
+    nothing, because the weights do not fit into memory.
+    """
 
     size_bytes: int
     speed: Speed | None
@@ -131,6 +136,8 @@ def measure(
 
 @dataclass(frozen=True)
 class _Runner:
+    """timed: whether to measure speeds."""
+
     outputs: list[str]
     windows: Sequence[Feed]
     device: Device
@@ -139,25 +146,24 @@ class _Runner:
     timed: bool
 
     def keep_outputs(self, pair: Pair, kept: Shelf) -> Cost:
-        session = self._session(pair.original, "original")
+        """Run the original, put its outputs for every window on the shelf."""
+        session, fits = self._session(pair.original, "original")
         for window, alive in zip(self.windows, kept.feeds, strict=True):
             made = runtime.run(session, self.outputs, window)
-            try:
+            with _room_wanted():
                 kept.put(alive, dict(zip(self.outputs, made, strict=True)))
-            except OSError as error:
-                raise OutputError(
-                    f"the outputs of the original do not fit into {tempfile.gettempdir()} ({error.strerror or error}); "
-                    "compare on fewer samples, or set TMPDIR to a folder with more room"
-                ) from error
             self.progress.advance(1 / len(self.windows))
-        return self._cost(session, pair.original, pair.wanted, self.windows[0])
+        found = speed.measure(session, pair.wanted, self.outputs, self.windows[0]) if self.timed and fits else None
+        return Cost(pair.original.size_bytes, found)
 
     def compare(self, pair: Pair, kept: Shelf) -> tuple[Cost, Comparison]:
-        session = self._session(pair.quantized, "quantised model")
-        windows = [_as_wanted(window, pair.other) for window in self.windows]
+        """Run the other model beside what was kept."""
+        session, fits = self._session(pair.quantized, "quantised model")
+        windows = [_for_other(window, pair.other) for window in self.windows]
         expected, advance = self._taken_from(kept), self.progress.advance
         comparison = compare_outputs(self.outputs, expected, session, windows, pair.wanted, advance)
-        return self._cost(session, pair.quantized, pair.other, windows[0]), comparison
+        found = speed.measure(session, pair.other, self.outputs, windows[0]) if self.timed and fits else None
+        return Cost(pair.quantized.size_bytes, found), comparison
 
     def _taken_from(self, kept: Shelf) -> Iterator[list[Rows]]:
         """The outputs of each window, dropped when the next ones are wanted."""
@@ -165,44 +171,51 @@ class _Runner:
             yield [alive[name] for name in self.outputs]
             kept.drop(alive, self.outputs)
 
-    def _session(self, opened: OpenedModel, title: str) -> Any:
-        """As an application would open it, where memory allows that."""
+    def _session(self, opened: OpenedModel, title: str) -> tuple[Any, bool]:
+        """As fast as an application's where memory allows that, and whether it does."""
         runtime.give_back_memory()  # of the model that ran before
         self.progress.stage(f"Running the {title}")
-        providers = self.device.providers
         room_bytes = self.machine.memory_budget or psutil.virtual_memory().available
         fits = COPIES * opened.size_bytes <= room_bytes
         if not fits:
             self.progress.note(f"The {title} is too large for this memory: its weights are read from the disk, slowly.")
-        model, folder = opened.serialize(), opened.folder
-        return runtime.session(model, folder, fuse=fits, prepack=fits, reuse=False, providers=providers)
-
-    def _cost(self, session: Any, opened: OpenedModel, wanted: Signature, window: Feed) -> Cost:
-        found = speed.measure(session, wanted, self.outputs, window) if self.timed else None
-        return Cost(opened.size_bytes, found)
+        model, folder, providers = opened.serialize(), opened.folder, self.device.providers
+        return runtime.session(model, folder, fuse=fits, prepack=fits, reuse=False, providers=providers), fits
 
 
-def _as_wanted(window: Feed, wanted: Signature) -> Feed:
-    """The same numbers in the types of another model."""
-    return {one.name: window[one.name].astype(one.dtype, copy=False) for one in wanted.inputs}
+@contextmanager
+def _room_wanted() -> Iterator[None]:
+    """A full disk, in words."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the outputs of the original do not fit into {tempfile.gettempdir()} ({error.strerror or error}); "
+            "compare on fewer samples, or set TMPDIR to a folder with more room"
+        ) from error
+
+
+def _for_other(window: Feed, other: Signature) -> Feed:
+    """The same numbers in the types of another model, and what follows from them where only that one asks for it."""
+    return complete(other, {name: values for name, values in window.items() if name in other.names})
 
 
 def _check_inputs(pair: Pair) -> None:
     inputs, others = pair.wanted.names, pair.other.names
-    for which, alone in (("original", inputs.keys() - others.keys()), ("other", others.keys() - inputs.keys())):
-        if alone:
-            names = ", ".join(sorted(alone))
-            raise DifferentModelsError(f"the models want different inputs: only the {which} has {names}")
-    for name, one in inputs.items():
-        if not _agree(one, others[name]):
-            raise DifferentModelsError(
-                f"the models want different inputs: {one} is the original's, {others[name]} the other's"
-            )
     sizes = pair.wanted.vocabulary, pair.other.vocabulary
     if None not in sizes and sizes[0] != sizes[1]:
         raise DifferentModelsError(
             f"the models have different vocabularies: the original knows {sizes[0]} tokens, the other {sizes[1]}"
         )
+    for which, some, rest in (("original", inputs, others), ("other", others, inputs)):
+        alone = [name for name, one in some.items() if name not in rest and not one.follows]
+        if alone:
+            raise DifferentModelsError(f"the models want different inputs: only the {which} has {', '.join(alone)}")
+    for name in sorted(inputs.keys() & others.keys()):
+        if not _agree(inputs[name], others[name]):
+            raise DifferentModelsError(
+                f"the models want different inputs: {inputs[name]} is the original's, {others[name]} the other's"
+            )
 
 
 def _agree(one: Input, other: Input) -> bool:

@@ -22,7 +22,7 @@ examples:
   awq-onnx compare model.onnx model_int4.onnx --max-kl 0.1        for a pipeline: fails where they are further apart
   awq-onnx compare encoder.onnx small.onnx --data inputs.npz --max-error 0.2
 
-The two may be any models with the same inputs, outputs and vocabulary: float16, int8, made by other tools.
+The two may be any models with the same inputs, outputs and tokens: of float16, of int8, made by other tools.
 
 exit codes:
   0 done                               4 no room for the outputs of the original
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add_machine(
         parser,
         "the second model runs when the first is closed",
-        "memory to work with, like 500MB or 2GiB; what does not fit stays on the disk (default: what is free)",
+        "memory to work with, like 500MB or 2GiB; what does not fit stays on the disk (default: by what is free)",
     )
     return parser
 

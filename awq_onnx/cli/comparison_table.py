@@ -98,10 +98,11 @@ def _distances(comparison: Comparison) -> Rows:
     if comparison.kl_mean is None:
         return [error]
     unit, answer = ("sample", "class") if comparison.perplexity_original is None else ("token", "next token")
-    se = f" +-{comparison.kl_se:.2g}" if comparison.kl_se is not None else ""
-    mean, median = f"{comparison.kl_mean:.3g}{se}", f"{comparison.kl_median:.3g}"
+    se, median = "", ""
+    if comparison.kl_se is not None:
+        se, median = f" +-{comparison.kl_se:.2g}", f", median of the windows {comparison.kl_median:.3g}"
     return [
-        ("KL", f"{mean} nats per {unit}, median of the windows {median}"),
+        ("KL", f"{comparison.kl_mean:.3g}{se} nats per {unit}{median}"),
         ("Agreement", f"the same likeliest {answer} for {comparison.top1:.1%} of {comparison.tokens} {unit}s"),
         error,
     ]
@@ -131,12 +132,12 @@ def _beside(
 
 
 def _speed(speed: Speed) -> str:
-    return f"{speed.per_second:.3g} {speed.unit}/s"
+    return f"{speed.per_second:.{0 if speed.per_second >= 100 else 1}f} {speed.unit}/s"
 
 
 def _worst(one: WorstToken, reader: Reader) -> Rows:
     return [
-        ("Worst", f"KL {one.kl:.2f} {reader.context(one)}:"),
+        ("Worst", f"KL {one.kl:.3g} {reader.context(one)}:"),
         (
             "Worst",
             f"original {reader.choice(one.original, one)} {one.original_probability:.0%}, "
