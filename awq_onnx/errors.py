@@ -9,7 +9,7 @@
     │   ├── NothingToQuantizeError  3   it has no MatMul that could be quantised
     │   ├── WeightError             3   a weight holds NaN or Inf
     │   └── DifferentModelsError    3   two models that cannot be compared: other inputs, outputs or tokens
-    ├── OutputError                 4   the output exists, is the input, or cannot be written
+    ├── OutputError                 4   the output exists, is the input, or cannot be written; a full disk
     ├── CalibrationError            5   the calibration data do not fit the model
     ├── MissingPackageError         6   an optional package is needed
     ├── RuntimeFailedError          7   onnxruntime could not run the model, or the result

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import bigrams, norm_and_readers, save, tiny_decoder, tiny_encoder
+from builders import GraphBuilder, bigrams, norm_and_readers, save, tiny_decoder, tiny_encoder
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -158,6 +158,25 @@ def test_an_encoder_has_errors_and_no_probabilities(tmp_path: Path, capsys: pyte
     assert "samples/s" in out
     assert "KL" not in out
     assert "Perplexity" not in out
+
+
+def test_a_classifier_has_classes_and_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its classes are no words, whatever tokenizer lies beside it."""
+    paths = []
+    for name, weight in zip(("c.onnx", "d.onnx"), ([[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]), strict=True):
+        builder = GraphBuilder()
+        x = builder.input("x", ["batch", 1])
+        builder.output(builder.add("MatMul", x, builder.constant(weight, "w"), to="logits"), ["batch", 3])
+        paths.append(save(builder.model(), folder / name))
+    np.save(folder / "x.npy", np.array([[0], [3], [0]], np.float32))
+    assert exit_code(*paths, "--data", folder / "x.npy", "--quiet") == 0
+    out, _ = capsys.readouterr()
+    assert "nats per sample" in out
+    assert "the same likeliest class for 66.7% of 3 samples" in out
+    assert "in sample 1:\n              original class 1 91%, quantised class 2 91%" in out
+    assert exit_code(*paths, "--data", folder / "x.npy", "--quiet", "--json") == 0
+    (worst,) = json.loads(capsys.readouterr().out)["comparison"]["worst"]
+    assert "text" not in worst
 
 
 def test_progress_is_on_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

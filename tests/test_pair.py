@@ -24,7 +24,7 @@ import awq_onnx
 from awq_onnx import Machine, Recipe, runtime
 from awq_onnx.calibrate.feeds import signature, token_feed
 from awq_onnx.comparison import compare_sessions
-from awq_onnx.errors import AwqOnnxError, CalibrationError, DifferentModelsError, ModelFileError, OutputError
+from awq_onnx.errors import CalibrationError, DifferentModelsError, ModelFileError, OutputError, RuntimeFailedError
 from awq_onnx.meter import STATUS, Meter
 from awq_onnx.pair import compare, measure, open_pair
 from awq_onnx.recipe import COMPARED
@@ -324,8 +324,9 @@ def test_a_model_that_is_too_large_for_memory_has_no_speed(tmp_path: Path) -> No
     assert (report.original.speed, report.quantized.speed) == (None, None)
 
 
-def test_an_error_is_one_of_ours(tmp_path: Path) -> None:
-    """A graph that onnxruntime refuses when it runs."""
-    path = save(tiny_decoder(layers=1), tmp_path / "model.onnx")
-    with pytest.raises(AwqOnnxError):
-        compare(path, path, {"input_ids": IDS, "attention_mask": np.ones((5, 11), np.int64)})
+def test_a_model_that_takes_fewer_tokens_cannot_be_run(tmp_path: Path) -> None:
+    one, other = bigrams(np.ones((160, 160))), bigrams(np.ones((160, 160)))
+    other.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
+    paths = save(one, tmp_path / "one.onnx"), save(other, tmp_path / "other.onnx")
+    with pytest.raises(RuntimeFailedError, match="onnxruntime failed while running the model"):
+        compare(*paths, IDS)

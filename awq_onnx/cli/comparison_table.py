@@ -23,7 +23,7 @@ Rows = list[tuple[str, str]]
 
 
 class Reader:
-    """Token ids as text; what cannot be told, without a tokenizer nothing, as ids."""
+    """Tells token ids as text; without a tokenizer, and for pieces of characters, as numbers."""
 
     def __init__(self, tokenizer: Any = None) -> None:
         self._tokenizer = tokenizer
@@ -40,7 +40,7 @@ class Reader:
         """Where it is, for people."""
         if not one.context:
             return f"in sample {one.window}"
-        if self._tokenizer is None:
+        if not self.can_read:
             return f"after the tokens ... {' '.join(map(str, one.context[-TOKENS:]))}"
         text = self.text(one.context).strip(NO_CHARACTER)
         return f"after {text!r}" if len(text) <= CHARACTERS else f"after ...{text[-CHARACTERS:]!r}"
@@ -69,8 +69,8 @@ def as_json(report: PairReport, original: Path, quantized: Path, reader: Reader)
     values = report.to_dict()
     for name, path in (("original", original), ("quantized", quantized)):
         values[name]["path"] = str(path)
-    if reader.can_read:
-        for one in values["comparison"]["worst"]:
+    for one in values["comparison"]["worst"]:
+        if reader.can_read and one["context"]:
             texts = {name: reader.text([one[name]]) for name in ("original", "quantized")}
             one["text"] = {"context": reader.text(one["context"]), **texts}
     return json.dumps(values, indent=2)
