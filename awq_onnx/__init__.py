@@ -14,9 +14,10 @@ from awq_onnx import errors
 from awq_onnx._version import __version__
 
 if TYPE_CHECKING:
-    from awq_onnx.comparison import Comparison, compare
+    from awq_onnx.comparison import Comparison
     from awq_onnx.inspection import Inspection, inspect
     from awq_onnx.machine import Machine
+    from awq_onnx.pair import compare
     from awq_onnx.pipeline import quantize
     from awq_onnx.progress import Progress
     from awq_onnx.recipe import Recipe
@@ -43,7 +44,7 @@ _HOMES = {
     "Progress": "awq_onnx.progress",
     "Recipe": "awq_onnx.recipe",
     "Report": "awq_onnx.report",
-    "compare": "awq_onnx.comparison",
+    "compare": "awq_onnx.pair",
     "inspect": "awq_onnx.inspection",
     "quantize": "awq_onnx.pipeline",
 }

@@ -1,39 +1,56 @@
-"""How far a quantised model is from its original, on the same inputs."""
+"""How far a quantised model's outputs are from its original's, on the same inputs. `pair` runs two files for it."""
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx import runtime
-from awq_onnx.calibrate import data
-from awq_onnx.calibrate.data import Calibration
-from awq_onnx.calibrate.feeds import Feed, Signature, signature
-from awq_onnx.errors import CalibrationError
-from awq_onnx.progress import Silent, unheard
-from awq_onnx.recipe import Recipe
-from awq_onnx.store import ModelSource, open_model
+from awq_onnx.calibrate.feeds import Feed, Signature
+from awq_onnx.errors import DifferentModelsError
+from awq_onnx.likelihood import ROWS_AT_ONCE, Rows, kl_divergence, log_softmax
+from awq_onnx.progress import unheard
 
-ROWS_AT_ONCE = 16  # of logits (rows, V) in float64
-Rows = NDArray[Any]
+WORST = 10  # tokens that are kept for people to look at
+CONTEXT = 24  # tokens that show where such a token is
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A place where the two models disagree most.
+
+    window: counted from 0. position: of the token in it after which they disagree, also from 0. kl: there, in nats.
+    context: the last token ids up to that one, none for a classifier of samples. original, quantized: the id (class)
+    that each model finds likeliest next, and with which probability.
+    """
+
+    window: int
+    position: int
+    kl: float
+    context: tuple[int, ...]
+    original: int
+    original_probability: float
+    quantized: int
+    quantized_probability: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured. The first six are None for a model without logits.
+    """How far the outputs are apart. The first six are None for a model without logits.
 
     kl_mean: mean over tokens (samples, for a classifier of those) of KL(original || quantised) in nats; kl_se: its
     standard error over windows; kl_median: over windows. perplexity: exp of the mean negative log-likelihood of the
-    given tokens, None without token ids. top1: share of tokens with the same likeliest next token.
+    given tokens, None without token ids. top1: share of tokens with the same likeliest next token. kl_windows: the mean
+    of each window. worst: the tokens with the largest KL, that first; none where it is 0.
 
     relative_error: ||y - y'|| / ||y|| over all compared outputs. cosine_distance: mean over tokens of 1 - cos(y, y'),
-    None for a model with logits. tokens, windows: how much was compared; padding counts for nothing.
+    None for a model with logits. tokens, windows: how much was compared; padding counts for nothing. A window is a
+    sequence, or a sample of a classifier; of a model without logits, whatever ran at once.
     """
 
     kl_mean: float | None
@@ -47,14 +64,28 @@ class Comparison:
     windows: int
     kl_windows: tuple[float, ...] = ()
     cosine_distance: float | None = None
+    worst: tuple[WorstToken, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything as JSON can hold it: a number that is not finite is None."""
+        values: dict[str, Any] = _finite(asdict(self))
+        return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
 class _Sums:
-    kl: list[float]
+    """kl: the mean of each sequence."""
+
+    kl: list[float] = field(default_factory=list)
+    worst: list[WorstToken] = field(default_factory=list)
     agreements: int = 0
     likelihood: NDArray[np.float64] | None = None
     predicted: int = 0
@@ -65,28 +96,19 @@ class _Sums:
     vectors: int = 0
 
 
-def compare(
-    original: ModelSource,
-    quantized: str | os.PathLike[str],
-    calibration: Calibration = None,
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    recipe: Recipe | None = None,
-) -> Comparison:
-    """Run both models over `calibration` (as in `quantize`), every sample a window, and compare their outputs.
+@dataclass(frozen=True)
+class _Sequence:
+    """real: which tokens (T,) are no padding. ids: of all tokens (T,), if known."""
 
-    Token ids as an array are taken whole; text and self-made text are cut to `recipe.samples` windows.
-    Raises ModelFileError, CalibrationError, RuntimeFailedError.
-    """
-    recipe = recipe or Recipe()
-    with open_model(original) as opened:
-        wanted = signature(opened.model.graph)
-        if isinstance(calibration, np.ndarray):
-            recipe = Recipe(samples=max(1, len(calibration)))
-        loaded = data.load(opened, wanted, recipe, calibration, tokenizer, Silent())
-        windows = [window for feed in loaded.all_feeds for window in _one_by_one(feed)]
-        reference = runtime.session(opened.serialize(), opened.folder)
-        return compare_sessions(reference, runtime.client_session(Path(quantized)), windows, wanted)
+    real: NDArray[np.bool_]
+    ids: Rows | None
+
+    def context(self, position: int) -> tuple[int, ...]:
+        """The last tokens up to a position."""
+        if self.ids is None:
+            return ()
+        until = slice(position + 1)
+        return tuple(map(int, self.ids[until][self.real[until]][-CONTEXT:]))
 
 
 def compare_sessions(reference: Any, quantized: Any, windows: Sequence[Feed], wanted: Signature) -> Comparison:
@@ -111,7 +133,7 @@ def compare_outputs(
     advance: Callable[[float], None] = unheard,
 ) -> Comparison:
     """The comparison of a session with what `outputs` should be, for each window."""
-    sums = _Sums(kl=[])
+    sums = _Sums()
     for window, expected in zip(windows, reference, strict=True):
         actual = runtime.run(quantized, outputs, window)
         rows = [_row_pairs(*pair, window, wanted) for pair in zip(expected, actual, strict=True)]
@@ -145,17 +167,10 @@ def _result(sums: _Sums, windows: int) -> Comparison:
         perplexity_quantized=None if perplexity is None else float(perplexity[1]),
         relative_error=relative_error,
         tokens=sums.tokens,
-        windows=windows,
+        windows=len(kl),
         kl_windows=tuple(sums.kl),
+        worst=tuple(sums.worst),
     )
-
-
-def _one_by_one(feed: Feed) -> list[Feed]:
-    """A feed of B sequences as B feeds; whole where an input has no batch axis."""
-    sizes = {values.shape[0] if values.ndim else 0 for values in feed.values()}
-    if len(sizes) != 1:
-        return [feed]
-    return [{name: values[row : row + 1] for name, values in feed.items()} for row in range(sizes.pop())]
 
 
 def _are_logits(values: Rows) -> bool:
@@ -165,7 +180,7 @@ def _are_logits(values: Rows) -> bool:
 
 def _row_pairs(expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> tuple[Rows, Rows]:
     if expected.shape != actual.shape:
-        raise CalibrationError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
+        raise DifferentModelsError(f"the two models return different shapes, {expected.shape} and {actual.shape}")
     return real_rows(expected, window, wanted), real_rows(actual, window, wanted)
 
 
@@ -185,14 +200,14 @@ def _real(shape: tuple[int, ...], window: Feed, wanted: Signature) -> NDArray[np
 
 
 def _add_error(sums: _Sums, expected: Rows, actual: Rows) -> None:
-    """The squares of rows (R, C) and of their differences."""
+    """The squares of rows (R, C) and of their differences, where the original is finite."""
     if expected.dtype.kind != "f":
         return
     for start in range(0, len(expected), ROWS_AT_ONCE):  # logits are large, copies of all of them larger
         one = expected[start : start + ROWS_AT_ONCE].astype(np.float32)
         with np.errstate(invalid="ignore"):  # -inf - -inf
             error = actual[start : start + ROWS_AT_ONCE] - one
-        finite = np.isfinite(error)
+        finite = np.isfinite(one)
         error, one = np.where(finite, error, 0), np.where(finite, one, 0)
         sums.error += float(np.vdot(error, error))
         sums.energy += float(np.vdot(one, one))
@@ -203,80 +218,66 @@ def _add_distance(sums: _Sums, expected: Rows, actual: Rows) -> None:
     if expected.dtype.kind != "f" or expected.shape[1] < 2:
         return
     one, other = expected.astype(np.float64), actual.astype(np.float64)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    some = np.isfinite(lengths) & (lengths > 0)
-    cosines = np.einsum("rc,rc->r", one[some], other[some]) / lengths[some]
+    length, length_of_other = np.linalg.norm(one, axis=1), np.linalg.norm(other, axis=1)
+    some = np.isfinite(length) & (length * length_of_other != 0)
+    with np.errstate(invalid="ignore"):  # NaN or Inf where the original has numbers makes the distance NaN
+        cosines = np.einsum("rc,rc->r", one[some], other[some]) / (length * length_of_other)[some]
     sums.distance += float((1 - cosines).sum())
     sums.vectors += int(some.sum())
 
 
 def _add_logits(sums: _Sums, expected: Rows, actual: Rows, window: Feed, wanted: Signature) -> None:
-    """One window's KL, agreement and likelihood, from logits (B, T, V) or (B, V)."""
+    """The KL, agreement and likelihood of every sequence, from logits (B, T, V) or (B, V)."""
     if expected.ndim == 2:
         expected, actual = expected[:, None], actual[:, None]
     keep = _real(expected.shape[:2], window, wanted)
     ids = window.get(wanted.text)
-    if ids is not None and ids.shape != keep.shape:
-        ids = None
-    kl_sum = 0.0
-    for sequence in range(expected.shape[0]):
-        rows = np.flatnonzero(keep[sequence])
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chosen = rows[start : start + ROWS_AT_ONCE]
-            p, q = log_softmax(expected[sequence, chosen]), log_softmax(actual[sequence, chosen])
-            kl_sum += float(kl_divergence(p, q).sum())
-            sums.agreements += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-            if ids is not None:
-                _add_likelihood(sums, p, q, chosen, ids[sequence], keep[sequence])
-    sums.tokens += int(keep.sum())
-    sums.kl.append(kl_sum / max(1, int(keep.sum())))
+    for number, real in enumerate(keep):
+        sequence = _Sequence(real, ids[number] if ids is not None and ids.shape == keep.shape else None)
+        _add_sequence(sums, expected[number], actual[number], sequence)
 
 
-def _add_likelihood(sums: _Sums, p: Rows, q: Rows, rows: NDArray[np.int64], ids: Rows, real: NDArray[np.bool_]) -> None:
-    followed = np.append(real[1:], False)[rows]  # the last token, and what padding follows, predict nothing
-    targets = ids[rows[followed] + 1]
+def _add_sequence(sums: _Sums, expected: Rows, actual: Rows, sequence: _Sequence) -> None:
+    """Of logits (T, V)."""
+    kl_sum, rows = 0.0, np.flatnonzero(sequence.real)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        chosen = rows[start : start + ROWS_AT_ONCE]
+        p, q = log_softmax(expected[chosen]), log_softmax(actual[chosen])
+        kl = kl_divergence(p, q)
+        kl_sum += float(kl.sum())
+        sums.agreements += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+        _add_likelihood(sums, p, q, chosen, sequence)
+        _keep_worst(sums, kl, p, q, chosen, sequence)
+    sums.tokens += len(rows)
+    sums.kl.append(kl_sum / max(1, len(rows)))
+
+
+def _add_likelihood(sums: _Sums, p: Rows, q: Rows, rows: NDArray[np.int64], sequence: _Sequence) -> None:
+    if sequence.ids is None:
+        return
+    followed = np.append(sequence.real[1:], False)[rows]  # the last token, and what padding follows, predict nothing
+    targets = sequence.ids[rows[followed] + 1]
     here = np.flatnonzero(followed)
     likelihood = np.array([p[here, targets].sum(), q[here, targets].sum()])
     sums.likelihood = likelihood if sums.likelihood is None else sums.likelihood + likelihood
     sums.predicted += len(here)
 
 
-def kl_divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(p || q) of each row of log-probabilities (T, V), in nats: float64 (T,)."""
-    with np.errstate(invalid="ignore"):
-        terms = np.exp(log_p) * (log_p - log_q)
-    divergence: NDArray[np.float64] = np.where(np.isneginf(log_p), 0, terms).sum(axis=1)
-    return divergence
-
-
-def mean_kl(log_p: Rows, logits: Rows) -> float:
-    """The mean KL(p || q) in nats, from log-probabilities of p and logits of q (T, V): faster than `kl_divergence`,
-    with single precision in all but the sums.
-    """
-    total = 0.0
-    for start in range(0, len(logits), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        p, largest = np.exp(log_p[some]), logits[some].max(axis=1, keepdims=True)
-        log_sums = np.log(np.exp(logits[some] - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
-        with np.errstate(invalid="ignore"):  # -inf - -inf
-            terms = np.where(p > 0, p * (log_p[some] - logits[some]), 0)
-        total += float((terms.sum(axis=1, dtype=np.float64) + log_sums).sum())
-    return total / max(len(logits), 1)
-
-
-def log_probabilities(logits: Rows) -> NDArray[np.float32]:
-    """`log_softmax` in single precision, computed in double, a few rows at a time."""
-    made = np.empty(logits.shape, np.float32)
-    for start in range(0, len(logits), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        made[some] = log_softmax(logits[some])
-    return made
-
-
-def log_softmax(logits: Rows) -> NDArray[np.float64]:
-    """Of each row of logits (T, V)."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    result: NDArray[np.float64] = shifted
-    return result
+def _keep_worst(sums: _Sums, kl: Rows, p: Rows, q: Rows, rows: NDArray[np.int64], sequence: _Sequence) -> None:
+    """Those of the rows (R,) that are among the worst; kl (R,), log-probabilities p and q (R, V)."""
+    least = sums.worst[-1].kl if len(sums.worst) == WORST else 0.0
+    for at in np.flatnonzero(kl > least):
+        original, quantized = int(p[at].argmax()), int(q[at].argmax())
+        sums.worst.append(
+            WorstToken(
+                window=len(sums.kl),
+                position=int(rows[at]),
+                kl=float(kl[at]),
+                context=sequence.context(rows[at]),
+                original=original,
+                original_probability=float(np.exp(p[at, original])),
+                quantized=quantized,
+                quantized_probability=float(np.exp(q[at, quantized])),
+            )
+        )
+    sums.worst = sorted(sums.worst, key=lambda one: -one.kl)[:WORST]

@@ -1,13 +1,15 @@
 """What can go wrong, one class per cause, each with the exit code of the command.
 
     AwqOnnxError                    1   (never raised itself)
+    ├── TooFarError                 1   `awq-onnx compare`: the models are further apart than was allowed
     ├── RecipeError                 2   an option has a value that cannot work
     ├── ModelError                  3   the model cannot be read, or cannot be quantised
     │   ├── ModelFileError          3   missing, not ONNX, truncated, external data missing or short
     │   ├── AlreadyQuantizedError   3   its weights are 4-bit or 8-bit already
     │   ├── NothingToQuantizeError  3   it has no MatMul that could be quantised
-    │   └── WeightError             3   a weight holds NaN or Inf
-    ├── OutputError                 4   the output exists, is the input, or cannot be written
+    │   ├── WeightError             3   a weight holds NaN or Inf
+    │   └── DifferentModelsError    3   two models that cannot be compared: other inputs, outputs or tokens
+    ├── OutputError                 4   the output exists, is the input, or cannot be written; a full disk
     ├── CalibrationError            5   the calibration data do not fit the model
     ├── MissingPackageError         6   an optional package is needed
     ├── RuntimeFailedError          7   onnxruntime could not run the model, or the result
@@ -22,6 +24,7 @@ __all__ = [
     "AlreadyQuantizedError",
     "AwqOnnxError",
     "CalibrationError",
+    "DifferentModelsError",
     "InternalError",
     "MissingPackageError",
     "ModelError",
@@ -30,6 +33,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "RuntimeFailedError",
+    "TooFarError",
     "WeightError",
 ]
 
@@ -38,6 +42,10 @@ class AwqOnnxError(Exception):
     """Every error that a user can cause or mend; its text is one clear sentence."""
 
     exit_code = 1
+
+
+class TooFarError(AwqOnnxError):
+    pass
 
 
 class RecipeError(AwqOnnxError, ValueError):
@@ -61,6 +69,10 @@ class NothingToQuantizeError(ModelError):
 
 
 class WeightError(ModelError):
+    pass
+
+
+class DifferentModelsError(ModelError):
     pass
 
 

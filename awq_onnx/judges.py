@@ -11,7 +11,8 @@ import numpy as np
 from awq_onnx import vocabulary
 from awq_onnx.calibrate.feeds import Feed, Signature
 from awq_onnx.codec import Float32
-from awq_onnx.comparison import Rows, log_probabilities, mean_kl, real_rows
+from awq_onnx.comparison import real_rows
+from awq_onnx.likelihood import Rows, log_probabilities, mean_kl
 from awq_onnx.passes.facts import facts_of
 from awq_onnx.passes.sites import Site, maker_of
 from awq_onnx.store import OpenedModel

@@ -20,6 +20,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256, WHOLE_COLUMN)
 ACCURACY_LEVELS = (0, 4)
 LM_HEADS = ("none", "8", "4")
 SAMPLES = {FAST: 8, DEFAULT: 32, BEST: 64}
+COMPARED = (
+    16  # samples to compare models on: a standard error of a few percent, in less than a minute where they are small
+)
 
 
 def _by_quality(values: dict[str, int]) -> str:

@@ -60,6 +60,7 @@ def session(
     folder: Path,
     *,
     fuse: bool = True,
+    prepack: bool = False,
     half: bool = True,
     spin: bool = True,
     reuse: bool = True,
@@ -68,8 +69,9 @@ def session(
     """An InferenceSession that leaves the weights where they are, memory-mapped; a GPU copies them.
 
     model: a serialised ModelProto whose external data lie in `folder` (no links, see `store`). fuse: whether
-    onnxruntime may merge nodes, which changes the last bits of what they compute, and copy constants for that. half:
-    whether a float16 model runs as it is, not as its float32 twin. spin: whether threads wait busily for the next node,
+    onnxruntime may merge nodes, which changes the last bits of what they compute, and copy constants for that. prepack:
+    whether it may copy every weight into the order that its kernels read fastest. half: whether a float16 model runs as
+    it is, not as its float32 twin. spin: whether threads wait busily for the next node,
     which is fast alone and slow beside other threads. reuse: whether values may take the memory of others, which takes
     time to plan that grows with the square of the nodes.
     """
@@ -79,7 +81,7 @@ def session(
         # Weights of half precision are cast right before they are read; by default all of them are, first of all.
         options.execution_order = onnxruntime().ExecutionOrder.PRIORITY_BASED
     options.enable_mem_reuse = reuse
-    options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _create(float32_twin(model, BFLOAT16 if half else HALF), options, providers)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awq_onnx.codec import Float32
-from awq_onnx.comparison import log_probabilities
+from awq_onnx.likelihood import log_probabilities
 
 SAMPLE_SIZE = 4096  # tokens, about
 TINY = np.finfo(np.float32).tiny

@@ -19,8 +19,8 @@ import numpy as np
 from common import script
 from numpy.typing import NDArray
 
-from awq_onnx.comparison import log_probabilities
 from awq_onnx.kernels import library
+from awq_onnx.likelihood import log_probabilities
 from awq_onnx.runtime import CPU_PROVIDERS, onnxruntime
 
 

@@ -374,6 +374,15 @@ def decoder_feed(model: onnx.ModelProto, ids: Array) -> dict[str, Array]:
     return feed
 
 
+def bigrams(logits: Array, *, dtype: type = np.float32) -> onnx.ModelProto:
+    """A language model without a cache, whose logits are those (V, V) of the token alone."""
+    builder = GraphBuilder(dtype=dtype)
+    ids = builder.input("input_ids", ["batch_size", "sequence_length"], np.int64)
+    table = builder.constant(logits, "table")
+    builder.output(builder.add("Gather", table, ids, to="logits"), ["batch_size", "sequence_length", logits.shape[1]])
+    return builder.model()
+
+
 def tiny_encoder(*, hidden: int = 32, vocabulary: int = 40, positions: int | None = None) -> onnx.ModelProto:
     """Ids and a mask in, `last_hidden_state` out; `positions`: the rows of its table of learned positions, if any."""
     builder = GraphBuilder()

@@ -25,7 +25,7 @@ from awq_onnx.cli import main
 from awq_onnx.machine import Machine
 
 QUICK = ["--samples", "2", "--sequence-length", "8"]
-STAGES = ["Writing calibration text", "Tracing", "Calibrating", "Writing the model", "Measuring"]
+STAGES = ["Writing text", "Tracing", "Calibrating", "Writing the model", "Measuring"]
 
 WORK = ".model_int4.onnx.unfinished"
 GOES_ON = "the same command goes on from here"
@@ -707,7 +707,7 @@ def slow_done(tmp_path_factory: pytest.TempPathFactory, slow_model: bytes) -> Fi
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
-        ("Writing calibration text", signal.SIGINT),
+        ("Writing text", signal.SIGINT),
         ("Calibrating", signal.SIGINT),
         ("Measuring", signal.SIGINT),
         ("Calibrating", signal.SIGTERM),
@@ -722,7 +722,7 @@ def test_an_interrupted_run_leaves_the_old_output_whole_and_is_gone_on_with(
     before = files(tmp_path)
     code, err = signalled(tmp_path, stage, number, options=("--force",))
     assert code == 130
-    finished = stage != "Writing calibration text"  # the calibration data at least
+    finished = stage != "Writing text"  # the calibration data at least
     assert err.splitlines()[-1] == f"awq-onnx: interrupted; {GOES_ON if finished else 'nothing was written'}"
     assert "Traceback" not in err
     assert published(tmp_path) == before

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import norm_and_readers, save, tiny_decoder
 from numpy.typing import NDArray
 
 from awq_onnx.calibrate.feeds import Input, Signature
-from awq_onnx.comparison import Comparison, compare, compare_sessions, kl_divergence
-from awq_onnx.errors import CalibrationError
+from awq_onnx.comparison import CONTEXT, WORST, Comparison, WorstToken, compare_sessions
+from awq_onnx.errors import DifferentModelsError
+from awq_onnx.likelihood import kl_divergence
 
 Array = NDArray[Any]
 
@@ -167,8 +167,102 @@ def test_logits_of_minus_infinity_count_for_nothing() -> None:
 
 
 def test_different_shapes_are_no_comparison() -> None:
-    with pytest.raises(CalibrationError, match="different shapes"):
+    with pytest.raises(DifferentModelsError, match="different shapes"):
         compared([random_logits(0, 5)], [random_logits(0, 4)], window([0, 1, 2, 3, 0]))
+
+
+def test_sequences_that_run_at_once_are_windows_of_their_own() -> None:
+    original, quantized = (np.concatenate([random_logits(seed), random_logits(seed + 1)]) for seed in (0, 2))
+    ids = [[0, 1, 2, 3, 0], [3, 2, 1, 0, 3]]
+    both = {"input_ids": np.array(ids), "attention_mask": np.ones((2, 5), np.int64)}
+    apart = compared(original[:, None], quantized[:, None], *map(window, ids))
+    result = compared([original], [quantized], both)
+    assert (result.kl_windows, result.worst) == (apart.kl_windows, apart.worst)
+    assert (result.windows, result.tokens, result.top1) == (2, 10, apart.top1)
+
+
+# The worst tokens
+
+
+def test_the_worst_token_is_told_with_what_both_models_say() -> None:
+    original = [[log(0.25, 0.25, 0.25, 0.25), log(0.1, 0.7, 0.1, 0.1), log(0.5, 0.25, 0.125, 0.125)]]
+    quantized = [[log(0.25, 0.25, 0.25, 0.25), log(0.1, 0.1, 0.1, 0.7), log(0.25, 0.5, 0.125, 0.125)]]
+    first, second = compared([original], [quantized], window([3, 1, 2])).worst
+    assert first == WorstToken(
+        window=0,
+        position=1,
+        kl=pytest.approx(0.6 * np.log(7), rel=1e-6),
+        context=(3, 1),
+        original=1,
+        original_probability=pytest.approx(0.7, rel=1e-6),
+        quantized=3,
+        quantized_probability=pytest.approx(0.7, rel=1e-6),
+    )
+    assert (second.position, second.context) == (2, (3, 1, 2))
+    assert second.kl == pytest.approx(0.25 * np.log(2), rel=1e-6)
+
+
+def test_of_many_tokens_the_worst_are_kept_in_order() -> None:
+    T = 40
+    original, quantized = ([random_logits(seed + 10 * one, T) for one in range(3)] for seed in (0, 5))
+    ids = [token % 4 for token in range(T)]
+    result = compared(original, quantized, *[window(ids)] * 3)
+    log_p, log_q = (
+        x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (np.concatenate(original), np.concatenate(quantized))
+    )
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)  # (3, T)
+    expected = [divmod(int(at), T) for at in np.argsort(-kl, axis=None)[:WORST]]
+    assert [(one.window, one.position) for one in result.worst] == expected
+    for one in result.worst:
+        assert one.kl == pytest.approx(kl[one.window, one.position], rel=1e-5)
+        assert one.context == tuple(ids[: one.position + 1][-CONTEXT:])
+
+
+def test_where_models_agree_nothing_is_worst() -> None:
+    assert compared([random_logits(0)], [random_logits(0)], window([0, 1, 2, 3, 0])).worst == ()
+
+
+def test_padding_is_neither_among_the_worst_nor_in_their_context() -> None:
+    original, quantized = random_logits(0), random_logits(0)
+    quantized[0, :2] *= -5
+    quantized[0, 3] *= 2
+    (only,) = compared([original], [quantized], window([3, 3, 0, 1, 2], [0, 0, 1, 1, 1])).worst
+    assert (only.position, only.context) == (3, (0, 1))
+
+
+def test_the_worst_samples_of_a_classifier_have_no_context() -> None:
+    original, quantized = [log(0.5, 0.25, 0.125, 0.125)], [log(0.25, 0.5, 0.125, 0.125)]
+    (only,) = compared([original, original], [original, quantized], *[window([0, 1, 2])] * 2).worst
+    assert (only.window, only.position, only.context, only.original, only.quantized) == (1, 0, (), 0, 1)
+
+
+# Numbers that are none
+
+
+def test_a_model_that_returns_nan_is_no_close_one() -> None:
+    broken = random_logits(0)
+    broken[0, 2, 1] = np.nan
+    result = compared([random_logits(0)], [broken], window([0, 1, 2, 3, 0]))
+    assert result.kl_mean is not None
+    assert np.isnan(result.kl_mean)
+    assert np.isnan(result.relative_error)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_an_encoder_that_returns_no_numbers_is_no_close_one(broken: float) -> None:
+    feed = {"x": np.zeros((1, 2), np.float32)}
+    result = compare_sessions(Answers([[3.0, 4.0], [1.0, 2.0]]), Answers([[3.0, broken], [1.0, 2.0]]), [feed], ENCODER)
+    assert not np.isfinite(result.relative_error)
+    assert result.cosine_distance is not None
+    assert np.isnan(result.cosine_distance)
+
+
+def test_json_holds_numbers_that_are_none_as_null() -> None:
+    result = compared([[log(0.5, 0.5, 0, 0)]], [[log(1, 0, 0, 0)]], window([0]))
+    assert result.kl_mean == np.inf
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert (values["kl_mean"], values["kl_windows"], values["top1"]) == (None, [None], 1)
+    assert values["worst"][0]["context"] == [0]
 
 
 # Other models
@@ -229,38 +323,3 @@ def test_the_tokens_of_the_decoder_are_those_that_the_logits_predict() -> None:
     result = compare_sessions(Answers(logits), Answers(logits), [feed], wanted)
     alone = compared([logits], [logits], window([0, 1, 2]))
     assert (result.tokens, result.perplexity_original) == (3, alone.perplexity_original)
-
-
-# Files
-
-
-def test_a_decoder_compared_with_itself_in_onnxruntime(tmp_path: Path) -> None:
-    path = save(tiny_decoder(layers=1), tmp_path / "model.onnx")
-    ids = np.random.default_rng(0).integers(0, 160, (5, 12))
-    result = compare(path, path, ids)
-    assert (result.kl_mean, result.top1, result.relative_error) == (0, 1, 0)
-    assert (result.windows, result.tokens) == (5, 60)
-    assert result.to_dict()["top1"] == 1
-
-
-def test_one_sequence_is_one_window(tmp_path: Path) -> None:
-    path = save(tiny_decoder(layers=1), tmp_path / "model.onnx")
-    result = compare(path, path, np.arange(12)[None])
-    assert (result.windows, result.tokens, result.kl_se) == (1, 12, None)
-
-
-def test_two_different_decoders_disagree(tmp_path: Path) -> None:
-    one = save(tiny_decoder(layers=1), tmp_path / "one.onnx")
-    other = save(tiny_decoder(layers=1, seed=1), tmp_path / "other.onnx")
-    result = compare(one, other, np.random.default_rng(0).integers(0, 160, (3, 8)))
-    assert result.kl_mean is not None
-    assert result.kl_mean > 0.1
-    assert result.top1 is not None
-    assert result.top1 < 0.5
-
-
-def test_an_encoder_compared_with_itself_in_onnxruntime(tmp_path: Path) -> None:
-    path = save(norm_and_readers().model(), tmp_path / "model.onnx")
-    x = np.random.default_rng(0).standard_normal((4, 3, 64)).astype(np.float32)
-    result = compare(path, path, {"x": x})
-    assert (result.relative_error, result.kl_mean, result.windows, result.tokens) == (0, None, 4, 12)

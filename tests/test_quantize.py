@@ -497,7 +497,7 @@ def test_every_stage_is_told_and_comes_to_its_end(tmp_path: Path) -> None:
     listener = Listener()
     quantized(tiny_decoder(), tmp_path, progress=listener)
     assert listener.stages == [
-        "Writing calibration text with the model itself",
+        "Writing text with the model itself",
         "Tracing channels",
         "Calibrating and searching",
         "Writing the model",

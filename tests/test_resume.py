@@ -379,7 +379,7 @@ def test_going_on_is_told_and_makes_no_calibration_data_again(
     listener = Listener()
     quantize(decoder, tmp_path / "out.onnx", RECIPE, progress=listener)
     assert listener.notes == ["Going on from an interrupted run, which had finished 3 groups of layers."]
-    assert not any(stage.startswith("Writing calibration text") for stage in listener.stages)
+    assert not any(stage.startswith("Writing text") for stage in listener.stages)
     at = listener.stages.index("Calibrating and searching")
     assert listener.fractions[at] == pytest.approx(1)
 

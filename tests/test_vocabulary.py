@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from awq_onnx import vocabulary
-from awq_onnx.comparison import kl_divergence, log_softmax
+from awq_onnx.likelihood import kl_divergence, log_softmax
 from awq_onnx.vocabulary import VocabularySample
 
 Float32 = NDArray[np.float32]

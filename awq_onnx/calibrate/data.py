@@ -77,65 +77,88 @@ def load(
 ) -> CalibrationData:
     """The data for one run. device: what runs models for them. Raises CalibrationError where they do not fit."""
     maker = Maker.of(opened, recipe, progress, tokenizer, wanted, device)
+    held_out = _held_out(recipe.samples)
+    parts, what, source = _parts(maker, calibration, recipe.samples + held_out)
+    if calibration is None:
+        _tell_of_better_data(maker, what)
+    return replace(_split(parts, wanted, held_out, source, progress), random=what in NOISY)
+
+
+def windows(
+    opened: OpenedModel,
+    wanted: Signature,
+    recipe: Recipe,
+    calibration: Calibration,
+    tokenizer: str | os.PathLike[str] | None,
+    progress: Progress,
+    device: Device = PROCESSOR,
+) -> tuple[tuple[Feed, ...], str]:
+    """Feeds of one sample each (of a batch, where the graph fixes that), at most `recipe.samples` samples; and what
+    they are, for people. Raises CalibrationError where the data do not fit.
+    """
+    maker = Maker.of(opened, recipe, progress, tokenizer, wanted, device)
+    parts, _, source = _parts(maker, calibration, recipe.samples)
+    total, batch = len(next(iter(parts[0].values()))), wanted.fixed_batch or 1
+    _check_batch(total, wanted)
+    return _batches(parts, wanted, range(0, total - batch + 1, batch), total), f"{total} {source}"
+
+
+def _parts(maker: Maker, calibration: Calibration, most: int) -> tuple[Sequence[Arrays], str, str]:
+    """At most so many samples along axis 0 of every part; what to call a sample of them, and how they were made."""
     values, what = None, ""
     if calibration is not None:
-        progress.stage("Reading the calibration data")
+        maker.progress.stage("Reading the data")
         values, what = given.read(calibration, maker.wanted)
-    before = companion.decoder_before(opened) if wanted.needs_past and not _holds_caches(values) else None
+    opened = maker.opened
+    before = companion.decoder_before(opened) if maker.wanted.needs_past and not _holds_caches(values) else None
     if before is None:
-        arrays, what = _whole(maker, values, what, tokenizer)
-        parts: Sequence[Arrays] = [arrays]
-        source = what
-    else:
-        with open_model(before) as other:
-            first = Maker.of(other, recipe, progress, tokenizer, device=device)
-            arrays, what = _whole(first, values, what, tokenizer)
-            progress.stage(f"Running {before.name} for the caches that the model goes on from")
-            parts = companion.continued(first.session, first.wanted, opened, arrays)
-        source = f"{what}, gone on from at {len(parts)} places"
-    return replace(_split(parts, wanted, _held_out(recipe.samples), source, progress), random=what in NOISY)
+        arrays, what = _whole(maker, values, what, most)
+        return [arrays], what, what
+    with open_model(before) as other:
+        first = Maker.of(other, maker.recipe, maker.progress, maker.tokenizer, device=maker.device)
+        arrays, what = _whole(first, values, what, most)
+        maker.progress.stage(f"Running {before.name} for the caches that the model goes on from")
+        parts = companion.continued(first.session, first.wanted, opened, arrays)
+    return parts, what, f"{what}, gone on from at {len(parts)} places"
 
 
 def _holds_caches(values: Texts | Arrays | None) -> bool:
     return isinstance(values, dict) and any(name.startswith("past") for name in values)
 
 
-def _whole(
-    maker: Maker, values: Texts | Arrays | None, what: str, tokenizer: str | os.PathLike[str] | None
-) -> tuple[Arrays, str]:
+def _whole(maker: Maker, values: Texts | Arrays | None, what: str, most: int) -> tuple[Arrays, str]:
     """Arrays for every input that does not follow from others, and what to call a sample of them."""
-    most = maker.recipe.samples + _held_out(maker.recipe.samples)
     if values is None:
-        return _self_made(maker, most)
+        batch = maker.wanted.fixed_batch
+        return maker.fill({}, most if batch is None else max(-(-most // batch), 2) * batch)
     if isinstance(values, list):
-        values = _windows(maker, values, most, tokenizer)
+        values = _windows(maker, values, most)
     values = {name: one[:most] for name, one in values.items()}
     left = [one.name for one in synthetic.missing(maker.wanted, values) if one.name != ENCODER_STATES]
     if left:
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-        maker.progress.note(f"Not in the calibration data, and made up: {', '.join(left[:4])}{more}.")
+        maker.progress.note(f"Not in the data, and made up: {', '.join(left[:4])}{more}.")
     arrays, _ = maker.fill(values, len(next(iter(values.values()))))
     return arrays, what
 
 
-def _self_made(maker: Maker, samples: int) -> tuple[Arrays, str]:
-    batch = maker.wanted.fixed_batch
-    arrays, what = maker.fill({}, samples if batch is None else max(-(-samples // batch), 2) * batch)
-    if what in (PROSE, *NOISY):
-        or_text = ", or file.txt" if maker.wanted.takes_tokens else ""
-        large = maker.is_large and what == PROSE
-        why = "The model would take long to write its own text" if large else NO_WRITER
-        maker.progress.note(
-            f"{why}: it is calibrated with {what}. "
-            f"Inputs of your own (--calibration data.npz{or_text}) give a better model."
-        )
-    return arrays, what
+def _tell_of_better_data(maker: Maker, what: str) -> None:
+    """Where the model could not write its own text."""
+    if what not in (PROSE, *NOISY):
+        return
+    or_text = ", or file.txt" if maker.wanted.takes_tokens else ""
+    large = maker.is_large and what == PROSE
+    why = "The model would take long to write its own text" if large else NO_WRITER
+    maker.progress.note(
+        f"{why}: it is calibrated with {what}. "
+        f"Inputs of your own (--calibration data.npz{or_text}) give a better model."
+    )
 
 
-def _windows(maker: Maker, texts: Texts, most: int, tokenizer: str | os.PathLike[str] | None) -> Arrays:
+def _windows(maker: Maker, texts: Texts, most: int) -> Arrays:
     """Windows of the texts that are no longer than the model takes."""
     wanted = maker.wanted
-    ids = given.token_ids(texts, maker.opened.path, wanted, tokenizer)
+    ids = given.token_ids(texts, maker.opened.path, wanted, maker.tokenizer)
     unheard = replace(maker, progress=Silent())  # the states for all of the windows are made, and told of, later
     length = maker.longest(unheard.with_states({}, wanted.batch_size(1)))
     return given.windows(ids, wanted, length, most)
@@ -153,12 +176,17 @@ def _split(parts: Sequence[Arrays], wanted: Signature, held_out: int, what: str,
         progress.note("There is one calibration sample, so the result is measured on the sample it was made with.")
     fixed = wanted.fixed_batch
     if fixed is not None:
-        if total < fixed:
-            raise CalibrationError(f"the model takes batches of {fixed}, the calibration data hold {total} samples")
+        _check_batch(total, wanted)
         kept = max(kept // fixed, 1) * fixed
     training = _batches(parts, wanted, range(0, kept, fixed or SIDE_BY_SIDE), kept)
     measuring = _batches(parts, wanted, range(kept, total - (fixed or 1) + 1, fixed or 1), total)
     return CalibrationData(training, measuring or training[-1:], _described(kept, what, total - kept))
+
+
+def _check_batch(total: int, wanted: Signature) -> None:
+    batch = wanted.fixed_batch or 1
+    if total < batch:
+        raise CalibrationError(f"the model takes batches of {batch}, the data hold {total} samples")
 
 
 def _batches(parts: Sequence[Arrays], wanted: Signature, starts: range, stop: int) -> tuple[Feed, ...]:

@@ -76,7 +76,7 @@ def generate(
     axis 0. The same seed gives the same ids.
     """
     rng = np.random.default_rng(seed)
-    write = _with_cache if wanted.grows_caches else _without_cache
+    write = with_cache if wanted.grows_caches else _without_cache
     if not wanted.grows_caches:
         length = min(length, LENGTH_WITHOUT_CACHE)
     batch = _side_by_side(wanted, samples, length)
@@ -113,9 +113,10 @@ def _side_by_side(wanted: Signature, samples: int, length: int) -> int:
     return wanted.batch_size(-(-samples // rounds))
 
 
-def _with_cache(
+def with_cache(
     session: Any, wanted: Signature, ids: Tokens, others: Arrays, choose: Choose, advance: Advance
 ) -> Tokens:
+    """Ids (B, length), all but the first written token by token through the key/value caches; see `generate`."""
     batch, length = ids.shape
     caches = _Caches(wanted, batch, length)
     for position in range(1, length):

@@ -33,24 +33,24 @@ def read(
         return _checked({_only_name(wanted): calibration}, wanted), "given samples"
     if not isinstance(calibration, str | os.PathLike):
         if not all(isinstance(text, str) for text in calibration):
-            raise CalibrationError("calibration is none of: a path, texts, token ids as an array, arrays by input name")
+            raise CalibrationError("the data are none of: a path, texts, token ids as an array, arrays by input name")
         return list(calibration), "windows of the given texts"
     path = Path(calibration)
     try:
         if not path.is_file():
-            raise CalibrationError(f"the calibration file {path} does not exist")
+            raise CalibrationError(f"the file {path} does not exist")
         if path.suffix in (".txt", ".jsonl"):
             return _texts(path), f"windows of {path.name}"
         return _checked(_arrays(path, wanted), wanted), f"samples of {path.name}"
     except OSError as error:
-        raise CalibrationError(f"the calibration file {path} cannot be read: {error.strerror}") from error
+        raise CalibrationError(f"the file {path} cannot be read: {error.strerror}") from error
 
 
 def _texts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"the calibration file {path} is not UTF-8 text (byte {error.start})") from error
+        raise CalibrationError(f"the file {path} is not UTF-8 text (byte {error.start})") from error
     if path.suffix == ".txt":
         return [text]
     return [_text_field(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -72,19 +72,19 @@ def token_ids(
 ) -> NDArray[np.int64]:
     """The tokens (T,) of all texts. Raises CalibrationError where the model takes none, or none can be made."""
     if not wanted.takes_tokens:
-        raise CalibrationError(f"the model has no input {TOKENS}, so text cannot calibrate it: {ADVICE}")
+        raise CalibrationError(f"the model has no input {TOKENS}, so text is of no use to it: {ADVICE}")
     loaded = load_tokenizer(model, tokenizer)
     try:
         encoded = [loaded.encode(text, add_special_tokens=False).ids for text in texts]
     except Exception as error:  # tokenizers raises plain Exception
-        raise CalibrationError(f"the tokenizer cannot read the calibration text: {error}") from error
+        raise CalibrationError(f"the tokenizer cannot read the text: {error}") from error
     return np.array([token for ids in encoded for token in ids], np.int64)
 
 
 def windows(ids: NDArray[np.int64], wanted: Signature, length: int, most: int) -> Arrays:
     """Of tokens (T,) at most so many windows of that length, evenly spread; for every input that takes tokens."""
     if len(ids) < length and (wanted.names[wanted.text].fixed(1) or len(ids) < 2):
-        raise CalibrationError(f"the calibration text has {len(ids)} tokens; the model needs at least {length}")
+        raise CalibrationError(f"the text has {len(ids)} tokens; the model needs at least {length}")
     length = min(length, len(ids))
     cut = ids[: len(ids) // length * length].reshape(-1, length)
     chosen: NDArray[np.int64] = cut[np.linspace(0, len(cut) - 1, min(len(cut), most)).astype(int)]
@@ -106,7 +106,7 @@ def load_tokenizer(model: Path | None, named: str | os.PathLike[str] | None) -> 
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise MissingPackageError("calibration text needs a tokenizer: pip install 'awq-onnx[hf]'") from error
+        raise MissingPackageError("text needs a tokenizer: pip install 'awq-onnx[hf]'") from error
     try:
         loaded = Tokenizer.from_file(str(found))
     except Exception as error:  # tokenizers raises plain Exception
@@ -118,7 +118,7 @@ def load_tokenizer(model: Path | None, named: str | os.PathLike[str] | None) -> 
 
 def _arrays(path: Path, wanted: Signature) -> Arrays:
     if path.suffix not in (".npz", ".npy"):
-        raise CalibrationError(f"the calibration file {path} is none of .txt, .jsonl, .npz, .npy")
+        raise CalibrationError(f"the file {path} is none of .txt, .jsonl, .npz, .npy")
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -126,7 +126,7 @@ def _arrays(path: Path, wanted: Signature) -> Arrays:
                 return {_only_name(wanted): loaded}
             return {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CalibrationError(f"the calibration file {path} cannot be read: {error}") from error
+        raise CalibrationError(f"the file {path} cannot be read: {error}") from error
 
 
 def _only_name(wanted: Signature) -> str:
@@ -142,12 +142,12 @@ def _only_name(wanted: Signature) -> str:
 def _checked(arrays: Arrays, wanted: Signature) -> Arrays:
     """The arrays. Raises CalibrationError where one does not fit its input, or the others."""
     if not arrays:
-        raise CalibrationError("the calibration data hold no array")
+        raise CalibrationError("the data hold no array")
     if any(not values.ndim or not values.size for values in arrays.values()):
-        raise CalibrationError("the calibration arrays hold no sample, or samples of no token")
+        raise CalibrationError("the arrays hold no sample, or samples of no token")
     lengths = {name: len(values) for name, values in arrays.items()}
     if len(set(lengths.values())) != 1:
-        raise CalibrationError(f"the calibration arrays differ in their number of samples: {lengths}")
+        raise CalibrationError(f"the arrays differ in their number of samples: {lengths}")
     for name, values in arrays.items():
         _check_array(name, values, wanted)
     for name in (TOKENS, DECODER_TOKENS):
@@ -162,7 +162,7 @@ def _check_mask(arrays: Arrays, wanted: Signature) -> None:
     if TOKENS in wanted.names and TOKENS not in arrays:
         for name in (MASK, SEGMENTS, POSITIONS):
             if name in arrays:
-                raise CalibrationError(f"the calibration data hold {name} without the input {TOKENS} it belongs to")
+                raise CalibrationError(f"the data hold {name} without the input {TOKENS} it belongs to")
     if MASK not in arrays:
         return
     after_past = any(name.startswith("past") for name in arrays)
@@ -176,12 +176,12 @@ def _check_array(name: str, values: NDArray[Any], wanted: Signature) -> None:
     one = wanted.names.get(name)
     if one is None:
         names = ", ".join(wanted.names)
-        raise CalibrationError(f"the calibration data hold {name}, which is no input of the model; its inputs: {names}")
+        raise CalibrationError(f"the data hold {name}, which is no input of the model; its inputs: {names}")
     kinds = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}.get(one.dtype.kind, one.dtype.kind)
     if values.dtype.kind not in kinds:
-        raise CalibrationError(f"calibration array {name} is {values.dtype}, the model wants {one.dtype}")
+        raise CalibrationError(f"array {name} is {values.dtype}, the model wants {one.dtype}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise CalibrationError(f"calibration array {name} holds NaN or Inf")
+        raise CalibrationError(f"array {name} holds NaN or Inf")
     if one.dims is None:
         return
     fits = len(one.dims) == values.ndim and all(
@@ -190,14 +190,12 @@ def _check_array(name: str, values: NDArray[Any], wanted: Signature) -> None:
     )
     if not fits:
         dims = " x ".join(map(str, one.dims))
-        raise CalibrationError(
-            f"calibration array {name} is {' x '.join(map(str, values.shape))}, the model wants {dims}"
-        )
+        raise CalibrationError(f"array {name} is {' x '.join(map(str, values.shape))}, the model wants {dims}")
 
 
 def _check_ids(ids: NDArray[Any], wanted: Signature) -> None:
     if wanted.vocabulary and ids.size and not (ids.min() >= 0 and ids.max() < wanted.vocabulary):
         raise CalibrationError(
-            f"the calibration tokens run from {ids.min()} to {ids.max()}, "
+            f"the tokens run from {ids.min()} to {ids.max()}, "
             f"the model knows 0 to {wanted.vocabulary - 1}; is it the right tokenizer?"
         )

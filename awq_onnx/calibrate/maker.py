@@ -123,7 +123,7 @@ class Maker:
         if path is None:
             self.progress.note(
                 f"There is no encoder beside the model: its {ENCODER_STATES} are random numbers. "
-                f"The encoder in the same folder, or inputs of your own (--calibration data.npz), give a better model."
+                f"The encoder in the same folder, or inputs of your own (--calibration data.npz), would be better."
             )
             return given
         self.progress.stage(f"Running {path.name} for the states that the decoder reads")
@@ -188,7 +188,7 @@ class Maker:
 
     def _written(self, made: Arrays, samples: int, length: int) -> Arrays:
         """Token ids, and a mask where not all of them are good text."""
-        self.progress.stage("Writing calibration text with the model itself")
+        self.progress.stage("Writing text with the model itself")
         if not self.wanted.grows_caches and length > LENGTH_WITHOUT_CACHE:
             self.progress.note(
                 f"With no key/value cache the model writes its text {LENGTH_WITHOUT_CACHE} tokens at a time, "

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:
-    """Labels and texts, a label only where it differs from the line before."""
+    """Labels and texts, a label only where it differs from the line before; with neither, an empty line."""
     width = max(len(label) for label, _ in rows)
     lines, last = [], ""
     for label, text in rows:
-        lines.append(f"{label if label != last else '':<{width}}  {text}")
+        lines.append(f"{label if label != last else '':<{width}}  {text}".rstrip())
         last = label
     return "\n".join(lines)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from awq_onnx.errors import RecipeError
-from awq_onnx.machine import size_bytes
+from awq_onnx.machine import CPU, DEVICES, Machine, size_bytes
 from awq_onnx.recipe import Recipe, help_of
 
 PROG = "awq-onnx"
@@ -50,3 +51,30 @@ def add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> N
         metavar=metavar,
         help=help_of(name),
     )
+
+
+def add_machine(parser: argparse.ArgumentParser, description: str, memory: str) -> None:
+    """The options of a `Machine`; memory: the help text of its budget."""
+    group = parser.add_argument_group("machine", description)
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=CPU,
+        help="what computes; cuda wants onnxruntime-gpu and cupy (default: cpu)",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    group.add_argument("--memory-budget", type=size, metavar="SIZE", help=memory)
+
+
+def machine_of(arguments: argparse.Namespace) -> Machine:
+    with settings():
+        return Machine(device=arguments.device, threads=arguments.threads, memory_budget=arguments.memory_budget)
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """What is wrong with a setting, told of the option that it came from."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None

@@ -8,9 +8,7 @@ from typing import Any
 
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
-from awq_onnx.cli.options import PROG, Parser, add_choice, add_number, size
-from awq_onnx.errors import RecipeError
-from awq_onnx.machine import CPU, DEVICES, Machine
+from awq_onnx.cli.options import PROG, Parser, add_choice, add_machine, add_number, machine_of, settings, size
 from awq_onnx.recipe import (
     ACCURACY_LEVELS,
     BITS,
@@ -92,19 +90,10 @@ def parser() -> argparse.ArgumentParser:
     format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
     add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
 
-    machine = parser.add_argument_group("machine", "the budget changes no bit of the result, threads hardly ever")
-    machine.add_argument(
-        "--device",
-        choices=DEVICES,
-        default=CPU,
-        help="what computes; cuda wants onnxruntime-gpu and cupy (default: cpu)",
-    )
-    machine.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
-    machine.add_argument(
-        "--memory-budget",
-        type=size,
-        metavar="SIZE",
-        help="memory to work with, like 500MB or 2GiB (default: a quarter of what is free, at most 1GiB)",
+    add_machine(
+        parser,
+        "the budget changes no bit of the result, threads hardly ever",
+        "memory to work with, like 500MB or 2GiB (default: a quarter of what is free, at most 1GiB)",
     )
     return parser
 
@@ -123,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             calibration=arguments.calibration,
             tokenizer=arguments.tokenizer,
             overwrite=arguments.force,
-            machine=_machine(arguments),
+            machine=machine_of(arguments),
             progress=display,
         )
     print(report.to_json() if arguments.json else two_columns(report.rows()))
@@ -143,17 +132,8 @@ def _output(arguments: argparse.Namespace) -> Path:
     return given or model.with_name(f"{model.stem}_int4.onnx")
 
 
-def _machine(arguments: argparse.Namespace) -> Machine:
-    try:
-        return Machine(device=arguments.device, threads=arguments.threads, memory_budget=arguments.memory_budget)
-    except RecipeError as error:
-        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
-
-
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    try:
-        settings: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
-        repeated = {name: tuple(settings[name]) for name in ("include", "exclude", "override")}
-        return Recipe(**(settings | repeated))
-    except RecipeError as error:
-        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
+    repeated = {name: tuple(values[name]) for name in ("include", "exclude", "override")}
+    with settings():
+        return Recipe(**(values | repeated))

@@ -285,7 +285,7 @@ def test_fewer_samples_than_a_fixed_batch_are_told(tmp_path: Path) -> None:
     model = tiny_decoder(layers=1)
     for value in model.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = 8
-    with pytest.raises(CalibrationError, match="batches of 8, the calibration data hold 4 samples"):
+    with pytest.raises(CalibrationError, match="batches of 8, the data hold 4 samples"):
         load(save(model, tmp_path / "model.onnx"), IDS[:4])
 
 
@@ -725,7 +725,7 @@ def test_of_a_pair_one_may_be_given_and_the_user_is_told_what_was_made_up(tmp_pa
     loaded = load(save(picture_model(), tmp_path / "model.onnx"), {"pixel_values": pixels}, progress=listener)
     assert loaded.feeds[0]["input_ids"].shape == (4, 4)
     np.testing.assert_array_equal(loaded.feeds[0]["pixel_values"], pixels[:4].astype(np.float32))
-    assert "Not in the calibration data, and made up: input_ids." in listener.notes
+    assert "Not in the data, and made up: input_ids." in listener.notes
 
 
 def test_of_a_pair_the_text_is_the_prose_where_there_is_a_tokenizer(tmp_path: Path) -> None:
@@ -920,7 +920,7 @@ GivenBy = Callable[[Path], Calibration]
         pytest.param(lambda folder: written(folder / "a.jsonl", '{"text": 5}'), 'a string "text"', id="text a number"),
         pytest.param(lambda folder: written(folder / "a.jsonl", '["word1"]'), "line 1 of", id="no object"),
         pytest.param(lambda _: {"ids": IDS}, "hold ids, which is no input of the model; its inputs: input_ids", id="?"),
-        pytest.param(lambda _: IDS[0], "calibration array input_ids is 4, the model wants batch_size x", id="rank 1"),
+        pytest.param(lambda _: IDS[0], "array input_ids is 4, the model wants batch_size x", id="rank 1"),
         pytest.param(lambda _: IDS[None], "is 1 x 10 x 4, the model wants", id="rank 3"),
         pytest.param(lambda _: np.array(3), "hold no sample", id="a number"),
         pytest.param(lambda _: IDS[:0], "hold no sample", id="no sample"),
@@ -995,7 +995,7 @@ def damaged(path: Path) -> Path:
 
 
 def test_text_for_a_model_without_tokens_is_refused(floats: Path) -> None:
-    with pytest.raises(CalibrationError, match="has no input input_ids, so text cannot calibrate it"):
+    with pytest.raises(CalibrationError, match="has no input input_ids, so text is of no use to it"):
         load(floats, [TEXT])
 
 
