@@ -3,6 +3,8 @@
 The search, the reference kernel and the writer all call this module; nothing else rounds or packs a weight.
 Format: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, com.microsoft.MatMulNBits:
 weight = (code - zero_point) * scale, codes of one block share scale and zero point, blocks run along K.
+The same codes can be stored for ONNX's own DequantizeLinear (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html):
+see `Matrix`.
 
 Shapes: K in, N out, block_size b, G = ceil(K / b) blocks. A weight is worked on as blocks (G, b, N), N innermost:
 that is a view of ONNX's own (K, N) layout, and the long contiguous axis is what makes numpy fast. Only `pack`
@@ -41,6 +43,8 @@ class Format:
     """What the codes of one MatMul look like: block size, zero points or none, dtype of the scales, bits of a code.
 
     stored: the block size in the file where that is smaller, a divisor: its blocks then repeat a scale and zero point.
+    positive: whether symmetric scales have to be; else the sign of a scale says on which side the largest weight is.
+    explicit: whether zero points are written that are all in the middle.
     """
 
     block_size: int
@@ -48,10 +52,17 @@ class Format:
     scale_dtype: np.dtype[np.generic]
     bits: int = 4
     stored: int | None = None
+    positive: bool = False
+    explicit: bool = False
 
     @property
     def stored_block_size(self) -> int:
         return self.stored or self.block_size
+
+    @property
+    def has_zero_points(self) -> bool:
+        """In the file."""
+        return self.explicit or not self.symmetric
 
     def blocks_of(self, K: int) -> int:
         return -(-K // self.block_size)
@@ -60,7 +71,7 @@ class Format:
         """Bytes of the codes, scales and zero points of a weight (K, N) in the file."""
         blocks = -(-K // self.stored_block_size)
         codes, scales = blocks * self.stored_block_size * self.bits // 8, blocks * self.scale_dtype.itemsize
-        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        zero_points = -(-blocks * self.bits // 8) if self.has_zero_points else 0
         return N * codes, N * scales, N * zero_points
 
 
@@ -124,13 +135,17 @@ def minmax_grid(blocks: Float32, fmt: Format) -> Grid:
 
     With zero points the codes cover [min(block, 0), max(block, 0)], so that 0 stays exactly 0.
     Symmetric: the full signed range, scale = (the value of largest magnitude) / -8 (at 4 bits), which may be
-    negative; it wastes no code and beats max|w| / 7 by a third of the error.
+    negative; it wastes no code and beats max|w| / 7 by a third of the error. Where the scale has to be positive it is
+    max(max w / 7, min w / -8).
     """
     if fmt.symmetric:
         low, high = blocks.min(axis=1), blocks.max(axis=1)  # (G, N)
-        extreme = np.where(-low >= high, low, high)
         middle = middle_code(fmt.bits)
-        scales = round_scales(extreme / np.float32(-middle), fmt.scale_dtype)
+        if fmt.positive:
+            widest = np.maximum(high / np.float32(middle - 1), low / np.float32(-middle))
+        else:
+            widest = np.where(-low >= high, low, high) / np.float32(-middle)
+        scales = round_scales(widest, fmt.scale_dtype)
         return Grid(scales, np.full_like(scales, middle), fmt.bits)
     low = np.minimum(blocks.min(axis=1), 0)  # (G, N)
     high = np.maximum(blocks.max(axis=1), 0)
@@ -201,3 +216,60 @@ def unpack_zero_points(packed: UInt8, blocks: int, bits: int = 4) -> UInt8:
 def pack_scales(scales: Float32, dtype: DTypeLike) -> NDArray[np.generic]:
     """MatMulNBits' input scales: (G, N) float32 -> (N, G) of `dtype`."""
     return np.ascontiguousarray(scales.T).astype(dtype)
+
+
+ROWS_AT_ONCE = 64  # of a matrix that is packed; a multiple of 16, so that they fill whole bytes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How the codes of a weight (K, N) lie for DequantizeLinear: row by row, the first in the lowest bits of a byte.
+
+    signed: codes less the middle one, in two's complement: what a symmetric weight is in, since DequantizeLinear takes
+    0 for the zero point that is not given, where MatMulNBits takes the middle.
+    """
+
+    K: int
+    N: int
+    bits: int
+    signed: bool
+
+    def pack(self, packed: UInt8) -> UInt8:
+        """MatMulNBits' B, (N, G, b * bits / 8), as the bytes of a (K, N): uint8 (ceil(K * N * bits / 8),)."""
+        columns = packed.reshape(self.N, 1, -1)
+        rows_bytes = ROWS_AT_ONCE * self.bits // 8
+        parts = [
+            self._bytes(unpack(columns[:, :, at : at + rows_bytes], self.bits)[:, 0, : self.K - start].T)
+            for start, at in zip(range(0, self.K, ROWS_AT_ONCE), range(0, columns.shape[2], rows_bytes), strict=False)
+        ]
+        return np.concatenate(parts)
+
+    def unpack(self, raw: UInt8, block_size: int, zero_points: UInt8) -> UInt8:
+        """What `pack` packed; the padding of a last block are its zero points. zero_points: uint8 (G, N)."""
+        blocks = np.repeat(zero_points, block_size, axis=0)  # (G * b, N)
+        blocks[: self.K] = self._codes(raw, self.K)
+        codes = blocks.reshape(-1, block_size, self.N)  # (G, b, N)
+        return np.ascontiguousarray(_joined(codes, self.bits).transpose(2, 0, 1))
+
+    def pack_zero_points(self, zero_points: Float32) -> UInt8:
+        """The bytes of DequantizeLinear's x_zero_point, (G, N): uint8 (ceil(G * N * bits / 8),)."""
+        return self._bytes(zero_points.astype(np.uint8))
+
+    def unpack_zero_points(self, raw: UInt8, blocks: int) -> UInt8:
+        """uint8 (ceil(G * N * bits / 8),) -> (G, N) zero points."""
+        return self._codes(raw, blocks)
+
+    def _bytes(self, codes: UInt8) -> UInt8:
+        """Codes (rows, N) as they are stored; the last byte is filled up with zeros."""
+        flat = (codes ^ self._offset).reshape(1, -1)
+        raw: UInt8 = _joined(np.pad(flat, ((0, 0), (0, -flat.size % (8 // self.bits)))), self.bits)[0]
+        return raw
+
+    def _codes(self, raw: UInt8, rows: int) -> UInt8:
+        codes: UInt8 = unpack(raw[None, None, :], self.bits).reshape(-1)[: rows * self.N]
+        return (codes ^ self._offset).reshape(rows, self.N)
+
+    @property
+    def _offset(self) -> np.uint8:
+        """Flipping the highest bit of a code takes the middle one from it."""
+        return np.uint8(middle_code(self.bits) if self.signed else 0)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from awq_onnx import codec, drift, methods, rounding, search
+from awq_onnx import drift, layouts, methods, rounding, search
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.codec import Float32, Format
 from awq_onnx.device import PROCESSOR, Device
@@ -38,7 +38,8 @@ WORTH_A_MUL = 0.95  # of the loss without one: below that a node at run time is 
 @dataclass(frozen=True)
 class SiteResult:
     """One layer, its weight rounded. name: of its tensors. codes, scales, zero_points: written already, and shared by
-    layers with one weight. scales: float32 (G, N), kept aside, since a fold may divide them.
+    layers with one weight. scales: float32 (G, N), kept aside, since a fold may divide them. per_axis: whether they are
+    read as (N,), one for each column.
 
     loss, plain_loss, energy: see `rounding.Rounded`.
     """
@@ -50,6 +51,7 @@ class SiteResult:
     zero_points: ir.TensorProtocol | None
     bits: int
     block_size: int
+    per_axis: bool
     loss: float
     plain_loss: float
     energy: float
@@ -255,10 +257,10 @@ def _reader(site: Site, statistics: InputStatistics, fmt: Format, opened: Opened
     return Reader(_stored_weight(site, opened), statistics, site.head_size, site.factor, fmt=fmt)
 
 
-def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> Entry:
+def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str], recipe: Recipe) -> Entry:
     """Put the packed weights of one group into the output, its scales aside: what `result_of` makes a result of."""
     layers = [
-        _write_layer(names[sites[0]], rounded, fmt, files)
+        _write_layer(names[sites[0]], sites[0], rounded, fmt, files, recipe)
         for sites, rounded, fmt in zip(found.layers, found.rounded, found.formats, strict=True)
     ]
     return {
@@ -272,18 +274,10 @@ def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str]) -> 
     }
 
 
-def _write_layer(name: str, rounded: Rounded, fmt: Format, files: OutputFiles) -> Entry:
-    packed, grid = codec.as_stored(rounded.codes, rounded.grid, fmt)
-    zero_points = None
-    codes = files.append(f"{name}.codes", packed)
-    if not fmt.symmetric:
-        zero_points = files.append(f"{name}.zero_points", codec.pack_zero_points(grid.zero_points, fmt.bits))
+def _write_layer(name: str, site: Site, rounded: Rounded, fmt: Format, files: OutputFiles, recipe: Recipe) -> Entry:
     return {
-        "codes": describe(codes),
-        "zero_points": zero_points and describe(zero_points),
-        "scales": describe(files.keep(f"{name}.scales", grid.scales)),
+        **layouts.write(name, rounded, fmt, (site.K, site.N), files, recipe),
         "bits": fmt.bits,
-        "block_size": fmt.stored_block_size,
         "loss": rounded.loss,
         "plain_loss": rounded.plain_loss,
         "energy": rounded.energy,
@@ -319,7 +313,7 @@ def _layer_results(sites: Sequence[Site], layer: Entry, folder: Path, names: Map
     """What was written of one weight, for every site that has it."""
     codes, scales = described(layer["codes"], folder), described(layer["scales"], folder)
     zero_points = layer["zero_points"] and described(layer["zero_points"], folder)
-    numbers = {name: layer[name] for name in ("bits", "block_size", "loss", "plain_loss", "energy")}
+    numbers = {name: layer[name] for name in ("bits", "block_size", "per_axis", "loss", "plain_loss", "energy")}
     return [SiteResult(site, names[site], codes, scales, zero_points, **numbers) for site in sites]
 
 

@@ -235,8 +235,16 @@ def _of_lookup(node: ir.Node) -> _Weight:
     return _Weight(node, [codes, scales, *zero_points], D, V, node.attributes.get_int("bits", 4), block_size)
 
 
+def _of_dequantized(node: ir.Node) -> _Weight:
+    codes, readers = constant(node.inputs[0]), node.outputs[0].consumers()
+    if codes is None or [reader.op_type for reader in readers] != ["MatMul"]:
+        return _of_another_tool(node)
+    K, N = codes.shape.numpy()
+    return _Weight(readers[0], node.inputs, K, N, codes.dtype.bitwidth, node.attributes.get_int("block_size", K))
+
+
 def _of_another_tool(node: ir.Node) -> _Weight:
     return _Weight(node, [value for value in node.inputs if constant(value) is not None])
 
 
-_WEIGHTS = {"MatMulNBits": _of_matmul, LOOKUP: _of_lookup}
+_WEIGHTS = {"MatMulNBits": _of_matmul, "DequantizeLinear": _of_dequantized, LOOKUP: _of_lookup}

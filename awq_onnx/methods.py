@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 
 from awq_onnx.codec import Format
+from awq_onnx.execution_targets import QDQ, WHOLE_COLUMN
 from awq_onnx.grids import CLIPPED, FITTED, WHOLE
+from awq_onnx.passes import embedding
 from awq_onnx.passes.embedding import Table
 from awq_onnx.passes.sites import Site
-from awq_onnx.recipe import AWQ, AWQ_GPTQ, BEST, EVERY_FORMULA, FAST, GPTQ, WHOLE_COLUMN, Recipe
+from awq_onnx.recipe import AWQ, AWQ_GPTQ, BEST, EVERY_FORMULA, FAST, GPTQ, Recipe
 from awq_onnx.rounding import Rounding
 from awq_onnx.search import FORMULAS, Candidates
 
@@ -41,10 +46,23 @@ def format_of(site: Site, recipe: Recipe) -> Format:
     settings |= recipe.overrides(site.name)
     bits, block_size = settings["bits"], settings["block_size"]
     dtype = np.dtype(site.dtype.numpy())
+    plain = Format(
+        block_size,
+        recipe.symmetric,
+        dtype,
+        bits,
+        positive=recipe.runs_on.positive_scales,
+        explicit=recipe.explicit_zero_points,
+    )
     if block_size != WHOLE_COLUMN:
-        return Format(block_size, recipe.symmetric, dtype, bits)
+        return plain
     stored = min(STORED_BLOCK_SIZES, key=lambda size: -(-site.K // size) * (size * bits / 8 + dtype.itemsize))
-    return Format(-(-site.K // stored) * stored, recipe.symmetric, dtype, bits, stored)
+    return replace(plain, block_size=-(-site.K // stored) * stored, stored=stored)
+
+
+def packed_lookups(site: Site, recipe: Recipe) -> list[ir.Node]:
+    """The lookups of a layer's weight that can read it packed: standard ONNX has no node for that."""
+    return [] if recipe.format == QDQ else embedding.lookups(site)
 
 
 def format_of_table(table: Table, recipe: Recipe) -> Format | None:

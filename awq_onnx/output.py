@@ -74,6 +74,7 @@ class DataFile:
         offset = self._aligned(tensor.nbytes)
         for block in _blocks(tensor):
             self._file.write(block)
+        self._file.flush()  # so that it can be read again
         return reference(name, self._path.name, offset, tensor, self._path.parent)
 
     def sync(self) -> None:
@@ -173,6 +174,11 @@ class OutputFiles:
         """Write an array to the data file now; the tensor to put into the graph."""
         with self.failures():
             return self._data.append(name, values)
+
+    def append_tensor(self, name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """Write a tensor that is no plain array, of 4-bit numbers, to the data file now."""
+        with self.failures():
+            return self._data.append_tensor(name, tensor)
 
     def keep(self, name: str, values: Array) -> ir.ExternalTensor:
         """Write an array to the work folder, out of memory."""

@@ -58,7 +58,7 @@ class Partwise:
         def write(*, wait: bool) -> None:
             while self._searched and (wait or self._searched[0][1].done()):
                 group, found = self._searched.popleft()
-                files.record(entries[group], groups.write_group(found.result(), files, names))
+                files.record(entries[group], groups.write_group(found.result(), files, names, job.recipe))
                 advance(share)
 
         def finished_layers(made: Collection[str]) -> dict[str, StandIn]:

@@ -14,7 +14,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from awq_onnx import codec, groups, labels, methods, partwise, report, resume, runtime, tables, targets, threads
+from awq_onnx import (
+    codec,
+    groups,
+    labels,
+    layouts,
+    methods,
+    partwise,
+    report,
+    resume,
+    runtime,
+    tables,
+    targets,
+    threads,
+)
 from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
@@ -25,6 +38,7 @@ from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
+from awq_onnx.execution_targets import QDQ
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.job import Job, Traced
 from awq_onnx.labels import Label
@@ -32,7 +46,7 @@ from awq_onnx.machine import Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
 from awq_onnx.partwise import Outputs, Partwise
-from awq_onnx.passes import check, constants, embedding, fold, rewrite, sites
+from awq_onnx.passes import check, constants, embedding, fold, opset, qdq, rewrite, sites
 from awq_onnx.passes.absorb import Group, find_groups
 from awq_onnx.passes.branches import separate_names
 from awq_onnx.passes.embedding import Table
@@ -50,6 +64,7 @@ from awq_onnx.tables import TableResult
 
 CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
 SCALE_BYTES = 9  # of a block: its scale twice, its zero point
+STANDARD_TABLE = "standard ONNX has no node that looks up packed rows"
 COPIES = 3  # of a 4-bit model, about, in the session of an application
 
 
@@ -153,16 +168,32 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
             f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
             "start from the original model"
         )
-    survey = sites.survey(model, choice)
+    survey = _with_whole_blocks(sites.survey(model, choice), recipe)
     _check_patterns(recipe, survey)
     if not survey.sites:
         kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
         raise NothingToQuantizeError(
             f"the model has no linear layer with a constant weight that can be quantised{kept}"
         )
+    if recipe.format == QDQ:
+        opset.check_raisable(model, qdq.OPSET)
     chosen, refused = _tables(model.graph, survey, recipe)
     found = find_groups(survey)
     return Plan(survey, found, _formats(found, recipe), chosen, (*survey.kept, *refused), notes)
+
+
+def _with_whole_blocks(survey: Survey, recipe: Recipe) -> Survey:
+    """Without the layers that do not fill their blocks, where the target refuses such."""
+    if not recipe.runs_on.whole_blocks:
+        return survey
+    odd = {site for site in survey.sites if site.K % methods.format_of(site, recipe).block_size}
+    reason = f"its inputs fill no whole blocks, which is all that {recipe.target} takes"
+    return replace(
+        survey,
+        sites=tuple(site for site in survey.sites if site not in odd),
+        kept=(*survey.kept, *(Refusal(site.name, reason) for site in survey.sites if site in odd)),
+        floats=(*survey.floats, *odd),
+    )
 
 
 def _formats(found: Sequence[Group], recipe: Recipe) -> dict[Site, Format]:
@@ -173,9 +204,12 @@ def _formats(found: Sequence[Group], recipe: Recipe) -> dict[Site, Format]:
 
 def _tables(graph: ir.Graph, survey: Survey, recipe: Recipe) -> tuple[tuple[tuple[Table, Format], ...], list[Refusal]]:
     """The tables to quantise, and the reasons why others stay. A table that is a layer's weight goes with the layer."""
+    packed = {site.tensor: site for site in survey.sites}
+    if recipe.format == QDQ:
+        wanted = (one for one in embedding.tables(graph) if recipe.has_target or one.tensor in packed)
+        return (), [Refusal(one.name, STANDARD_TABLE) for one in wanted]
     if recipe.embedding_bits is None and not recipe.has_target:
         return (), []
-    packed = {site.tensor: site for site in survey.sites}
     chosen, refused = [], []
     for found in embedding.tables(graph):
         layer = packed.get(found.tensor)
@@ -310,22 +344,15 @@ def _edit(
     divided = _fold(opened, results)
     _tell_divided(results)
     added = Counter({"Mul": _insert_muls(model.graph, results)})
+    if recipe.format == QDQ:
+        opset.raise_to(model, qdq.OPSET, qdq.IR_VERSION)
     scales: dict[tuple[str, bytes], ir.TensorProtocol] = {}
+    names = Names(model.graph)
     for result in results:
         for site in result.sites:
-            gathers = embedding.lookups(site.site) if site.site not in divided else []
+            weight = _packed(site, divided.get(site.site), files, scales, recipe)
             label = Label.of(report.matmul_report(result, site))
-            layer = rewrite.to_matmul_nbits(
-                model,
-                site.site,
-                _packed(site, divided.get(site.site), files, scales),
-                block_size=site.block_size,
-                bits=site.bits,
-                accuracy_level=recipe.accuracy_level,
-                metadata=label.metadata(),
-                doc_string=label.sentences(site.bits, site.block_size, zero_points=site.zero_points is not None),
-            )
-            added += Counter({layer.op_type: 1}) + embedding.share(model, layer, gathers)
+            added += _replace(model, site, weight, names, label, site.site in divided, recipe)
     for one in packed_tables:
         tensors = [one.codes, one.scales, one.zero_points]
         looking_up = embedding.look_up(model.graph, one.table, tensors, one.bits, one.block_size)
@@ -333,6 +360,45 @@ def _edit(
     model.metadata_props[labels.VERSION] = __version__
     model.metadata_props[labels.RECIPE] = json.dumps(recipe.to_dict())
     check.check(model.graph, before, added)
+
+
+def _replace(
+    model: ir.Model,
+    site: SiteResult,
+    weight: rewrite.PackedWeight,
+    names: Names,
+    label: Label,
+    divided: bool,
+    recipe: Recipe,
+) -> Counter[str]:
+    """The nodes of the recipe's format in the place of the layer; which were added. divided: whether the weight is, so
+    that nothing can look up rows of the original in it.
+    """
+    metadata = label.metadata()
+    doc_string = label.sentences(site.bits, site.block_size, zero_points=site.zero_points is not None)
+    if recipe.format == QDQ:
+        return qdq.to_dequantized(
+            model.graph,
+            site.site,
+            weight,
+            names,
+            block_size=site.block_size,
+            metadata=metadata,
+            doc_string=doc_string,
+        )
+    gathers = [] if divided else methods.packed_lookups(site.site, recipe)
+    layer, *added = rewrite.to_matmul_nbits(
+        model,
+        site.site,
+        weight,
+        block_size=site.block_size,
+        bits=site.bits,
+        accuracy_level=recipe.accuracy_level,
+        metadata=metadata,
+        doc_string=doc_string,
+        bias_names=None if recipe.runs_on.bias_inside else names,
+    )
+    return Counter(node.op_type for node in (layer, *added)) + embedding.share(model, layer, gathers)
 
 
 def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
@@ -365,6 +431,7 @@ def _packed(
     divisor: codec.Float32 | None,
     files: OutputFiles,
     known: dict[tuple[str, bytes], ir.TensorProtocol],
+    recipe: Recipe,
 ) -> rewrite.PackedWeight:
     """The packed tensors; dividing an output channel divides the scales of its blocks, exactly.
 
@@ -375,7 +442,9 @@ def _packed(
     if key not in known:
         scales: codec.Float32 = site.scales.numpy()
         scales = scales if divisor is None else scales / divisor
-        known[key] = files.append(f"{site.name}.scales", codec.pack_scales(scales, dtype))
+        known[key] = files.append(
+            f"{site.name}.scales", layouts.scales_as_read(scales, dtype, recipe, per_axis=site.per_axis)
+        )
     bias = groups.read_bias(site.site)
     if bias is not None:
         bias = (bias if divisor is None else bias / divisor).astype(dtype)

@@ -8,16 +8,24 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from awq_onnx.errors import RecipeError
+from awq_onnx.execution_targets import (
+    BITS,
+    BLOCK_SIZES,
+    CPU,
+    EXECUTION_TARGETS,
+    FORMATS,
+    QDQ,
+    QDQ_BITS,
+    ExecutionTarget,
+)
 
 FAST, DEFAULT, BEST = QUALITIES = ("fast", "default", "best")
 AWQ_GPTQ, AWQ, GPTQ, RTN = METHODS = ("awq+gptq", "awq", "gptq", "rtn")
 UNSCALED = (GPTQ, RTN)
 EVERY_FORMULA = "all"
 SCALES_FROM = ("mean", "max", "weights", EVERY_FORMULA)
-BITS = (4, 8, 2)
-WHOLE_COLUMN = -1  # as a block size
-BLOCK_SIZES = (16, 32, 64, 128, 256, WHOLE_COLUMN)
 ACCURACY_LEVELS = (0, 4)
+DEFAULT_ACCURACY_LEVEL = 4  # what onnxruntime makes of format qdq too
 LM_HEADS = ("none", "8", "4")
 SAMPLES = {FAST: 8, DEFAULT: 32, BEST: 64}
 COMPARED = (
@@ -50,13 +58,28 @@ class Recipe:
         AWQ_GPTQ,
         "awq: as in the paper, scales and clipping alone; gptq: compensating rounding alone; rtn: round-to-nearest",
     )
+    target: str = _setting(
+        CPU,
+        "what is to run the model: sets format, block size and zero points to what that wants, where you do not say; "
+        "see docs/targets.md",
+    )
+    format: str = _setting(
+        None,
+        "matmulnbits: nodes of onnxruntime's own; qdq: standard ONNX of opset 21, DequantizeLinear and MatMul (default "
+        "by target; cpu: matmulnbits)",
+    )
     bits: int = _setting(4, "bits that a weight is stored in")
     block_size: int = _setting(
-        32,
+        None,
         "weights that share one scale, along K; -1: a whole column. Smaller blocks are closer to the original, in a "
-        "larger file",
+        "larger file (default by target; cpu: 32)",
     )
-    symmetric: bool = _setting(False, "no zero points: a little smaller, and further from the original")
+    symmetric: bool = _setting(
+        None, "no zero points: a little smaller, and further from the original (default by target; cpu: with them)"
+    )
+    explicit_zero_points: bool = _setting(
+        None, "write zero points that are all in the middle too, for what does not know that (default by target)"
+    )
     target_bits: float | None = _setting(
         None, "bits of a weight on average, scales, zero points, lm_head and embedding counted: chooses bits and blocks"
     )
@@ -64,7 +87,9 @@ class Recipe:
         None, "bytes that the model may have (120MB, on the command line): chooses bits and blocks of every layer"
     )
     accuracy_level: int = _setting(
-        4, "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this)"
+        None,
+        "4: int8 arithmetic in onnxruntime's CPU kernel, fast; 0: float arithmetic, more exact (CUDA ignores this; "
+        "default 4)",
     )
     lm_head: str = _setting(
         "none", "bits of the layer that makes the logits, and of an embedding that shares its weight"
@@ -94,10 +119,8 @@ class Recipe:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("quality", self.quality, QUALITIES)
         _one_of("method", self.method, METHODS)
+        _one_of("target", self.target, tuple(EXECUTION_TARGETS))
         _one_of("bits", self.bits, BITS)
-        _one_of("block_size", self.block_size, BLOCK_SIZES)
-        _one_of("symmetric", self.symmetric, (False, True))
-        _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
         _one_of("lm_head", self.lm_head, LM_HEADS)
         _one_of("embedding", self.embedding, LM_HEADS)
         _one_of("allow_mul", self.allow_mul, (False, True))
@@ -113,23 +136,81 @@ class Recipe:
             _in_range("target_size", self.target_size, 1, 2**63)
         if self.alpha is not None and not (type(self.alpha) in (int, float) and 0 <= self.alpha <= 1):
             raise RecipeError(f"alpha is {self.alpha!r}; it must be a number from 0 to 1")
+        self._fill()
+        _one_of("format", self.format, FORMATS)
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+        _one_of("symmetric", self.symmetric, (False, True))
+        _one_of("explicit_zero_points", self.explicit_zero_points, (False, True))
+        _one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
         self._check_together()
-        if self.samples is None:
-            object.__setattr__(self, "samples", SAMPLES[self.quality])
+        self._check_target()
         _in_range("samples", self.samples, 1, 65536)
         _in_range("sequence_length", self.sequence_length, 2, 65536)
         _in_range("seed", self.seed, 0, 2**32 - 1)
+
+    def _fill(self) -> None:
+        """What the user does not say is by quality and by target."""
+        wants = self.runs_on
+        defaults = {
+            "samples": SAMPLES[self.quality],
+            "format": wants.format,
+            "block_size": wants.block_size,
+            "symmetric": wants.symmetric,
+            "explicit_zero_points": wants.tells_zero_points,
+            "accuracy_level": DEFAULT_ACCURACY_LEVEL,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
     def _check_together(self) -> None:
         """Settings that leave each other nothing to do."""
         if self.target_size is not None and self.target_bits is not None:
             raise RecipeError("target_size and target_bits exclude each other; give one of them")
-        if self.has_target and (self.bits, self.block_size) != (BITS[0], BLOCK_SIZES[1]):
+        if self.has_target and (self.bits, self.block_size) != (BITS[0], self.runs_on.block_size):
             raise RecipeError("target_size and target_bits choose bits and block_size; leave these out")
         if self.method in UNSCALED and (self.alpha is not None or self.scale_from != "mean"):
             raise RecipeError(f"alpha and scale_from are of the scales, which method {self.method} does not have")
         if self.method == GPTQ and self.quality == FAST:
             raise RecipeError("quality fast makes up for no errors, which is all that method gptq does; use rtn")
+
+        if self.format == QDQ and self.embedding_bits is not None:
+            raise RecipeError(
+                "embedding is not for format qdq: looking up packed rows takes a node of onnxruntime's own"
+            )
+        if self.format == QDQ and self.accuracy_level != DEFAULT_ACCURACY_LEVEL:
+            raise RecipeError(
+                f"accuracy_level {self.accuracy_level} is not for format qdq, whose nodes do not have it; "
+                "applications set session.qdq_matmulnbits_accuracy_level instead"
+            )
+
+    def _check_target(self) -> None:
+        """What the target, or the format, cannot run."""
+        wants, where = self.runs_on, f"target {self.target} with format {self.format}"
+        if self.format not in wants.formats:
+            raise RecipeError(
+                f"format {self.format} does not run on target {self.target}; {_listed(wants.formats)} does"
+            )
+        given = {"bits": self.bits, "lm_head": self.lm_head_bits, "block_size": self.block_size}
+        for text in self.override:
+            given |= {f"override {text!r}: {name}": value for name, value in parse_override(text)[1].items()}
+        for name, value in given.items():
+            offered = wants.block_sizes if name.endswith("block_size") else self.all_bits
+            if value is not None and value not in offered:
+                raise RecipeError(f"{name} {value} does not run on {where}; it takes {_listed(offered)}")
+        if wants.only_symmetric and not self.symmetric:
+            raise RecipeError(f"symmetric is False, but {where} takes no zero points")
+        if wants.tells_zero_points and self.symmetric and not self.explicit_zero_points:
+            raise RecipeError(f"explicit_zero_points is False, but {where} knows no zero point that is not written")
+
+    @property
+    def runs_on(self) -> ExecutionTarget:
+        return EXECUTION_TARGETS[self.target]
+
+    @property
+    def all_bits(self) -> tuple[int, ...]:
+        """Those that the target runs in this format."""
+        return tuple(bits for bits in self.runs_on.bits if self.format != QDQ or bits in QDQ_BITS)
 
     @property
     def lm_head_bits(self) -> int | None:

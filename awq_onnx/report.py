@@ -12,11 +12,12 @@ import numpy as np
 
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
+from awq_onnx.execution_targets import CPU, QDQ, WHOLE_COLUMN
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import size_text
 from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, WHOLE_COLUMN, Recipe
+from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, Recipe
 from awq_onnx.tables import TableResult
 
 
@@ -245,10 +246,14 @@ def _formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
     counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)]
     sizes = sorted({one.block_size for one in matmuls})
     blocks = f"block size{'s' * (len(sizes) > 1)} {', '.join(map(str, sizes))}"
-    if recipe.block_size == WHOLE_COLUMN and not recipe.chooses_formats:
+    if recipe.format == QDQ and all(one.block_size >= one.K for one in matmuls):
+        blocks = "a scale for each column"
+    elif recipe.block_size == WHOLE_COLUMN and not recipe.chooses_formats:
         blocks += ", most with a scale for each column"
     kind = "symmetric" if recipe.symmetric else "with zero points"
-    return ", ".join([*counts, blocks, kind, f"accuracy level {recipe.accuracy_level}"])
+    nodes = "DequantizeLinear (QDQ)" if recipe.format == QDQ else f"accuracy level {recipe.accuracy_level}"
+    target = [] if recipe.target == CPU else [f"for {recipe.target}"]
+    return ", ".join([*counts, blocks, kind, nodes, *target])
 
 
 def _memory(report: Report) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from awq_onnx import codec, groups
+from awq_onnx import codec, groups, layouts
 from awq_onnx.codec import Float32
 from awq_onnx.groups import SiteResult, Trial
 from awq_onnx.passes.sites import Site
@@ -27,9 +27,10 @@ def of_trial(site: Site, trial: Trial, path: Path) -> StandIn:
 
 def of_result(layer: SiteResult, scale: Float32, path: Path) -> StandIn:
     """A layer that is finished; scale: of its input, float32 (K,)."""
-    zero_points = None if layer.zero_points is None else layer.zero_points.numpy()
-    format_ = (layer.bits, layer.block_size)
-    return _written(layer.site, layer.codes.numpy(), layer.scales.numpy(), zero_points, scale, format_, path)
+    codes, zero_points, scales, block_size = layouts.as_matmul_nbits(
+        layer.codes, layer.zero_points, layer.scales.numpy(), layer.bits, layer.block_size
+    )
+    return _written(layer.site, codes, scales, zero_points, scale, (layer.bits, block_size), path)
 
 
 def _written(

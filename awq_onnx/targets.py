@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from awq_onnx import groups, sensitivity, stand_ins, tables
+from awq_onnx import groups, methods, sensitivity, stand_ins, tables
 from awq_onnx.allocate import Option, allocate
 from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.segments import Data, Segments, Statistics
@@ -97,27 +97,30 @@ def items_of(
     for group in plan:
         for sites in groups.layers_of(group):
             first, plain = sites[0], formats[sites[0]]
-            gathers = tuple(embedding.lookups(first))
+            gathers = tuple(methods.packed_lookups(first, recipe))
             fixed = any(recipe.overrides(site.name) for site in sites)
-            bits = _bits(recipe.lm_head_bits if first.is_head else None, looked_up=first.is_head or bool(gathers))
-            offered = (plain,) if fixed else _offered(plain, bits, first.K if gathers else None)
+            given = recipe.lm_head_bits if first.is_head else None
+            bits = _bits(given, recipe, looked_up=first.is_head or bool(gathers))
+            filled = first.K if gathers or recipe.runs_on.whole_blocks else None
+            offered = (plain,) if fixed else _offered(plain, bits, recipe, filled)
             items.append(Item(sites, None, gathers, (first.K, first.N), plain, offered))
     for table, fmt in chosen:
-        offered = _offered(fmt, _bits(recipe.embedding_bits, looked_up=True), table.D)
+        offered = _offered(fmt, _bits(recipe.embedding_bits, recipe, looked_up=True), recipe, table.D)
         items.append(Item((), table, table.readers, (table.D, table.V), fmt, offered))
     return items
 
 
-def _bits(given: int | None, *, looked_up: bool) -> tuple[int, ...]:
+def _bits(given: int | None, recipe: Recipe, *, looked_up: bool) -> tuple[int, ...]:
     if given is not None:
         return (given,)
-    return LOOKED_UP_BITS if looked_up else BITS
+    return tuple(bits for bits in (LOOKED_UP_BITS if looked_up else BITS) if bits in recipe.all_bits)
 
 
-def _offered(plain: Format, bits: Sequence[int], filled: int | None) -> tuple[Format, ...]:
+def _offered(plain: Format, bits: Sequence[int], recipe: Recipe, filled: int | None) -> tuple[Format, ...]:
     """filled: the length of rows that have to fill their blocks; None where they need not."""
-    both = product(bits, BLOCK_SIZES)
-    formats = [replace(plain, bits=count, block_size=size, stored=None) for count, size in both]
+    sizes = [size for size in BLOCK_SIZES if size in recipe.runs_on.block_sizes]
+    blocks = [replace(plain, block_size=size, stored=None) for size in sizes] or [plain]
+    formats = [replace(blocked, bits=count) for count, blocked in product(bits, blocks)]
     fitting = [one for one in formats if filled is None or filled % one.block_size == 0]
     return tuple(fitting) if plain in fitting else (*fitting, plain)
 

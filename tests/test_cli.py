@@ -207,7 +207,8 @@ def test_a_second_run_with_force_leaves_the_same_bytes_and_does_not_append(folde
 
 
 def test_every_option_reaches_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--block-size", 16, "--symmetric", "--accuracy-level", 0, "--samples", 3]
+    options = ["--block-size", 16, "--symmetric", "--explicit-zero-points", "--accuracy-level", 0, "--samples", 3]
+    options += ["--target", "cpu", "--format", "matmulnbits"]
     options += ["--sequence-length", 9, "--seed", 5, "--lm-head", 8, "--allow-mul"]
     options += ["--include", "*proj*", "--include", "*lm_head*", "--exclude", "*/mlp/*"]
     options += ["--quality", "fast", "--method", "awq", "--bits", 8, "--embedding", 4]
@@ -215,10 +216,31 @@ def test_every_option_reaches_the_recipe(folder: Path, capsys: pytest.CaptureFix
     assert main_exits(folder / "model.onnx", "--json", "--quiet", *options) == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
     numbers = {"block_size": 16, "accuracy_level": 0, "samples": 3, "sequence_length": 9, "seed": 5, "bits": 8}
-    flags = {"symmetric": True, "allow_mul": True, "lm_head": "8", "embedding": "4"}
+    flags = {"symmetric": True, "explicit_zero_points": True, "allow_mul": True, "lm_head": "8", "embedding": "4"}
     patterns = {"include": ["*proj*", "*lm_head*"], "exclude": ["*/mlp/*"], "override": ["*q_proj*:bits=2"]}
     method = {"quality": "fast", "method": "awq", "scale_from": "all", "alpha": 0.5}
-    assert recipe == {**numbers, **flags, **patterns, **method, "target_bits": None, "target_size": None}
+    formats = {"target": "cpu", "format": "matmulnbits", "target_bits": None, "target_size": None}
+    assert recipe == {**numbers, **flags, **patterns, **method, **formats}
+
+
+@pytest.mark.parametrize(("option", "symmetric"), [("--no-symmetric", False), ("--symmetric", True), (None, False)])
+def test_a_switch_can_be_on_off_or_left_to_the_target(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str | None, symmetric: bool
+) -> None:
+    options = [*QUICK, "--target", "cuda", *([] if option is None else [option])]
+    assert main_exits(folder / "model.onnx", "--json", "--quiet", *options) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert (recipe["symmetric"], recipe["target"], recipe["format"]) == (symmetric, "cuda", "matmulnbits")
+
+
+def test_a_format_that_the_target_cannot_run_is_refused_in_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_exits(folder / "model.onnx", "--target", "dml", "--symmetric", "--no-explicit-zero-points") == 2
+    assert capsys.readouterr().err.startswith("awq-onnx: --explicit-zero-points is False, but target dml")
+    assert main_exits(folder / "model.onnx", "--target", "tensorrt", "--format", "matmulnbits") == 2
+    told = "awq-onnx: --format matmulnbits does not run on target tensorrt; qdq does\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

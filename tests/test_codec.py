@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from awq_onnx import codec
 from awq_onnx.codec import Format, Grid
+from awq_onnx.execution_targets import BLOCK_SIZES, WHOLE_COLUMN
 from awq_onnx.kernels import reference
-from awq_onnx.recipe import BLOCK_SIZES, WHOLE_COLUMN
 
 Array = NDArray[Any]
 
@@ -325,3 +325,58 @@ def test_int8_arithmetic_in_onnxruntime_agrees_to_a_percent(K: int, symmetric: b
     expected = x @ codec.from_blocks(restored, K)
     error = run_in_onnxruntime(x, 9, fmt, tensors, accuracy_level=4) - expected
     assert np.linalg.norm(error) < 0.015 * np.linalg.norm(expected)
+
+
+# The codes as DequantizeLinear reads them
+
+
+@st.composite
+def packed_weights(draw: st.DrawFn) -> tuple[codec.Matrix, Array, Array, int]:
+    """A matrix, MatMulNBits' B of it and its zero points (G, N), and the block size."""
+    bits, symmetric = draw(st.sampled_from((4, 8))), draw(st.booleans())
+    K, N, block_size = draw(st.integers(1, 200)), draw(st.integers(1, 7)), draw(block_sizes)
+    rng = np.random.default_rng(draw(seeds))
+    weight = rng.standard_normal((K, N)).astype(np.float32)
+    blocks = codec.to_blocks(weight, block_size)
+    grid = codec.minmax_grid(blocks, Format(block_size, symmetric, np.dtype(np.float32), bits))
+    packed = codec.pack(codec.centred_codes(blocks, grid), grid)
+    return codec.Matrix(K, N, bits, symmetric), packed, grid.zero_points, block_size
+
+
+@property_test
+@given(packed_weights())
+def test_codes_for_dequantize_linear_come_back_as_they_were(case: tuple[codec.Matrix, Array, Array, int]) -> None:
+    matrix, packed, zero_points, block_size = case
+    raw = matrix.pack(packed)
+    assert raw.shape == (-(-matrix.K * matrix.N * matrix.bits // 8),)
+    assert np.array_equal(matrix.unpack(raw, block_size, zero_points.astype(np.uint8)), packed)
+
+
+@property_test
+@given(packed_weights())
+def test_zero_points_for_dequantize_linear_come_back_as_they_were(case: tuple[codec.Matrix, Array, Array, int]) -> None:
+    matrix, _, zero_points, _ = case
+    raw = matrix.pack_zero_points(zero_points)
+    assert np.array_equal(matrix.unpack_zero_points(raw, len(zero_points)), zero_points)
+    assert not matrix.signed or not raw.any()  # the middle is the 0 of a signed code
+
+
+@property_test
+@given(packed_weights())
+def test_onnx_reads_the_bytes_of_a_matrix_as_its_codes(case: tuple[codec.Matrix, Array, Array, int]) -> None:
+    matrix, packed, _, _ = case
+    dtype = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}[matrix.bits, matrix.signed]
+    tensor = TensorProto(dims=[matrix.K, matrix.N], data_type=TensorProto.DataType.Value(dtype))
+    tensor.raw_data = matrix.pack(packed).tobytes()
+    codes = codec.unpack(packed, matrix.bits).reshape(matrix.N, -1)[:, : matrix.K].T.astype(int)
+    expected = codes - codec.middle_code(matrix.bits) if matrix.signed else codes
+    assert np.array_equal(numpy_helper.to_array(tensor).astype(int), expected)
+
+
+@property_test
+@given(blocks=blocks_of_weights(), bits=st.sampled_from((4, 8)))
+def test_a_positive_symmetric_grid_covers_both_ends(blocks: Array, bits: int) -> None:
+    fmt = Format(16, True, np.dtype(np.float32), bits, positive=True)
+    grid, _, restored = round_trip(blocks, fmt)
+    assert (grid.scales > 0).all()
+    assert (np.abs(restored - blocks) <= grid.scales[:, None, :] * 0.501).all()

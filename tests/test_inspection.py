@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,6 +48,8 @@ def findings(model: onnx.ModelProto | Path) -> Findings:
         QUICK,
         Recipe(samples=2, sequence_length=8, lm_head="8", embedding="4", override=("*/q_proj/*:bits=8",)),
         Recipe(samples=2, sequence_length=8, block_size=-1, symmetric=True, exclude=("*/down_proj/*",)),
+        Recipe(samples=2, sequence_length=8, format="qdq", lm_head="8"),
+        Recipe(samples=2, sequence_length=8, target="tensorrt"),
     ],
 )
 def test_what_is_foreseen_is_what_is_done(tmp_path: Path, recipe: Recipe) -> None:
@@ -109,6 +113,22 @@ def test_a_quantised_model_tells_how_it_was_made(tmp_path: Path) -> None:
     assert found.version == awq_onnx.__version__
     assert Recipe(**(found.recipe or {})) == recipe
     assert found.size_bytes == report.size_after_bytes
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"block_size": -1, "symmetric": True}])
+def test_a_model_in_standard_onnx_tells_how_it_was_made(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = replace(QUICK, format="qdq", **settings)
+    report = awq_onnx.quantize(save(tiny_decoder(), tmp_path / "model.onnx"), tmp_path / "out.onnx", recipe)
+    found = findings(tmp_path / "out.onnx")
+    assert [(one.name, one.op_type, one.K, one.N, one.bits) for one in found.layers] == [
+        (one.name, "DequantizeLinear", one.K, one.N, one.bits) for one in report.matmuls
+    ]
+    assert {one.zero_points for one in found.layers} == {not recipe.symmetric}
+    assert [one.block_size for one in found.layers] == [
+        one.K if recipe.block_size == -1 else one.block_size for one in report.matmuls
+    ]
+    assert all(one.label is not None for one in found.layers)
+    assert found.opset == 21
 
 
 def test_bytes_that_an_embedding_shares_with_the_lm_head_count_once(tmp_path: Path) -> None:

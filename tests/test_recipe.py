@@ -16,9 +16,12 @@ def test_the_defaults_need_no_decision_from_the_user() -> None:
     assert Recipe().to_dict() == {
         "quality": "default",
         "method": "awq+gptq",
+        "target": "cpu",
+        "format": "matmulnbits",
         "bits": 4,
         "block_size": 32,
         "symmetric": False,
+        "explicit_zero_points": False,
         "target_bits": None,
         "target_size": None,
         "accuracy_level": 4,
@@ -58,9 +61,11 @@ def test_the_ends_of_a_range_are_in_it(setting: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *(("block_size", bad) for bad in (0, 8, 33, 512, -32, "32", None, 32.5)),
-        *(("symmetric", bad) for bad in ("yes", None, 2, [])),
-        *(("accuracy_level", bad) for bad in (1, 2, 3, 5, -1, "4", None)),
+        *(("block_size", bad) for bad in (0, 8, 33, 512, -32, "32", 32.5)),
+        *((name, bad) for name in ("symmetric", "explicit_zero_points") for bad in ("yes", 2, [])),
+        *((name, bad) for name in ("target", "format") for bad in ("onnx", "", 8)),
+        ("target", None),
+        *(("accuracy_level", bad) for bad in (1, 2, 3, 5, -1, "4")),
         *(("lm_head", bad) for bad in ("16", "", None, 8, [])),
         *((name, bad) for name in ("include", "exclude") for bad in ("*", ("",), (3,), None)),
         *(("allow_mul", bad) for bad in ("yes", None, 2)),

@@ -37,7 +37,14 @@ def size(text: str) -> int:
 def add_choice(group: Any, name: str, choices: Sequence[str]) -> None:
     """The option of a setting of the recipe that is one of several words."""
     option = f"--{name.replace('_', '-')}"
-    group.add_argument(option, choices=choices, default=getattr(Recipe(), name), help=help_of(name))
+    default = Recipe.__dataclass_fields__[name].default
+    group.add_argument(option, choices=choices, default=default, help=help_of(name))
+
+
+def add_switch(group: Any, name: str) -> None:
+    """The option of a setting of the recipe that is on or off, and where nothing is said by another setting."""
+    option = f"--{name.replace('_', '-')}"
+    group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help_of(name))
 
 
 def add_number(group: Any, name: str, choices: Sequence[int] | None = None) -> None:
@@ -77,4 +84,5 @@ def settings() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
+        name, told = str(error).split(" ", 1)
+        raise RecipeError(f"--{name.replace('_', '-')} {told}") from None

@@ -8,11 +8,20 @@ from typing import Any
 
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
-from awq_onnx.cli.options import PROG, Parser, add_choice, add_machine, add_number, machine_of, settings, size
+from awq_onnx.cli.options import (
+    PROG,
+    Parser,
+    add_choice,
+    add_machine,
+    add_number,
+    add_switch,
+    machine_of,
+    settings,
+    size,
+)
+from awq_onnx.execution_targets import BITS, BLOCK_SIZES, EXECUTION_TARGETS, FORMATS
 from awq_onnx.recipe import (
     ACCURACY_LEVELS,
-    BITS,
-    BLOCK_SIZES,
     LM_HEADS,
     METHODS,
     QUALITIES,
@@ -83,11 +92,14 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
 
     format_group = parser.add_argument_group("format")
+    add_choice(format_group, "target", tuple(EXECUTION_TARGETS))
+    add_choice(format_group, "format", FORMATS)
     add_number(format_group, "bits", BITS)
     add_number(format_group, "block_size", BLOCK_SIZES)
     format_group.add_argument("--target-bits", type=float, metavar="BITS", help=help_of("target_bits"))
     format_group.add_argument("--target-size", type=size, metavar="SIZE", help=help_of("target_size"))
-    format_group.add_argument("--symmetric", action="store_true", help=help_of("symmetric"))
+    add_switch(format_group, "symmetric")
+    add_switch(format_group, "explicit_zero_points")
     add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
 
     add_machine(

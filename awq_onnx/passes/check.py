@@ -58,6 +58,21 @@ def check(graph: ir.Graph, before: Outline, added: Mapping[str, int]) -> None:
     for node in all_nodes(graph):
         if node.op_type == "MatMulNBits":
             _check_node(node)
+        elif node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
+            _check_dequantized(node)
+
+
+def _check_dequantized(node: ir.Node) -> None:
+    """Of blocks: a scale, and a zero point, for each."""
+    codes, *others = map(constant, node.inputs)
+    axis, block_size = node.attributes.get_int("axis", 1), node.attributes["block_size"].as_int()
+    if codes is None:
+        return
+    expected = list(codes.shape.numpy())
+    expected[axis] = -(-expected[axis] // block_size)
+    for tensor in others:
+        if tensor is None or list(tensor.shape.numpy()) != expected:
+            raise InternalError(f"scales or zero points of {node_name(node)} are not {expected}")
 
 
 def _check_node(node: ir.Node) -> None:

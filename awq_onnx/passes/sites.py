@@ -150,8 +150,11 @@ def quantized_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _dequantizes_few_bits(node: ir.Node) -> bool:
+    """Or more bits, in blocks."""
     tensor = constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
-    return tensor is not None and tensor.dtype in FEW_BITS and len(tensor.shape) == 2
+    if tensor is None or len(tensor.shape) != 2:
+        return False
+    return tensor.dtype in FEW_BITS or "block_size" in node.attributes
 
 
 def find_site(node: ir.Node, facts: Facts) -> Site | Refusal | None:
