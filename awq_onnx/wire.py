@@ -1,4 +1,5 @@
-"""Turn the weights inside a .onnx file into references to that same file, without reading them.
+"""Turn the weights inside a .onnx file into references to that same file, without reading them; and references back
+into weights.
 
 A model that was exported as one file keeps its weights in the protobuf, and parsing it copies them all. This
 module walks the wire format (https://protobuf.dev/programming-guides/encoding) as far as the raw data of the
@@ -8,7 +9,8 @@ graph's initializers and rewrites each as ONNX external data: location = the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx
 
@@ -16,6 +18,8 @@ import onnx
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER = 5
 TENSOR_RAW_DATA = 9
+NODE, NODE_ATTRIBUTE = 1, 5  # of a graph, of a node
+ATTRIBUTE_GRAPHS = (6, 11)
 # Wire types of protobuf.
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -46,6 +50,76 @@ def _graph(data: memoryview, start: int, end: int, location: str, min_bytes: int
             continue
         tensor = _tensor(data, body, stop, location)
         yield _tag(GRAPH_INITIALIZER, BYTES) + _varint(len(tensor)) + tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of the data file."""
+
+    offset: int
+    length: int
+
+
+Piece = bytes | memoryview | Span
+
+
+def internalize(data: memoryview) -> list[Piece]:
+    """The ModelProto in `data` with the bytes in place of every reference, in pieces: those that the data file has
+    are to be read from it. Graphs inside nodes have theirs too.
+    """
+    pieces: list[Piece] = []
+    for number, start, body, end in _fields(data, 0, len(data)):
+        pieces += _nested(number, _whole_graph(data, body, end)) if number == MODEL_GRAPH else [data[start:end]]
+    return pieces
+
+
+def size_of(pieces: Sequence[Piece]) -> int:
+    """In bytes."""
+    return sum(piece.length if isinstance(piece, Span) else len(piece) for piece in pieces)
+
+
+def _whole_graph(data: memoryview, start: int, end: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    for number, field, body, stop in _fields(data, start, end):
+        if number == GRAPH_INITIALIZER:
+            pieces += _nested(number, _whole_tensor(data[body:stop]))
+        elif number == NODE:
+            pieces += _nested(number, _whole_node(data, body, stop))
+        else:
+            pieces.append(data[field:stop])
+    return pieces
+
+
+def _whole_node(data: memoryview, start: int, end: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    for number, field, body, stop in _fields(data, start, end):
+        pieces += (
+            _nested(number, _whole_attribute(data, body, stop)) if number == NODE_ATTRIBUTE else [data[field:stop]]
+        )
+    return pieces
+
+
+def _whole_attribute(data: memoryview, start: int, end: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    for number, field, body, stop in _fields(data, start, end):
+        pieces += _nested(number, _whole_graph(data, body, stop)) if number in ATTRIBUTE_GRAPHS else [data[field:stop]]
+    return pieces
+
+
+def _whole_tensor(data: memoryview) -> list[Piece]:
+    tensor = onnx.TensorProto.FromString(bytes(data))
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return [data]
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    span = Span(int(entries["offset"]), int(entries["length"]))
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    return [tensor.SerializeToString() + _tag(TENSOR_RAW_DATA, BYTES) + _varint(span.length), span]
+
+
+def _nested(number: int, pieces: list[Piece]) -> list[Piece]:
+    """A message as a field of another."""
+    return [_tag(number, BYTES) + _varint(size_of(pieces)), *pieces]
 
 
 def _tensor(data: memoryview, start: int, end: int, location: str) -> bytes | memoryview:
