@@ -174,8 +174,8 @@ def _corrected_genai(path: Path, source: str, name: str) -> bytes | None:
 
     Of a model of one part that it calls otherwise (a copy, a conversion) it is that part.
     """
-    config = _json(path.read_bytes())
-    parts = [part for part in (config or {}).get("model", {}).values() if isinstance(part, dict) and "filename" in part]
+    config = _json(path.read_bytes()) or {}
+    parts = [part for part in _object(config.get("model")).values() if "filename" in _object(part)]
     ours = [part for part in parts if part["filename"] == source] or (parts if len(parts) == 1 else [])
     if all(part["filename"] == name for part in ours):
         return None
@@ -190,9 +190,9 @@ def _web_config(path: Path, there: Path, name: str, dtype: str, model: ir.Model)
     if config is None:
         return path.read_bytes()
     before = _json(there.read_bytes()) if there.is_file() else None
-    told = dict(config.get(WEB_CONFIG) or {}) | {EXTERNAL_DATA: {}}  # that of the source's files says nothing of ours
+    told = _object(config.get(WEB_CONFIG)) | {EXTERNAL_DATA: {}}  # that of the source's files says nothing of ours
     if before is not None and _same_but_for_web(before, config):
-        told |= before.get(WEB_CONFIG) or {}
+        told |= _object(before.get(WEB_CONFIG))
     told["dtype"] = dtype
     told[EXTERNAL_DATA] = {other: large for other, large in _external_data(told).items() if other != name}
     if any(
@@ -213,8 +213,7 @@ def _with_external_data(content: bytes, name: str) -> bytes:
 
 def _external_data(told: Mapping[str, Any]) -> dict[str, Any]:
     """The files of the folder that keep their weights elsewhere."""
-    files = told.get(EXTERNAL_DATA)
-    return dict(files) if isinstance(files, dict) else {}
+    return _object(told.get(EXTERNAL_DATA))
 
 
 def _same_but_for_web(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
@@ -230,6 +229,10 @@ def _json(content: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return read if isinstance(read, dict) else None
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _dumped(config: Any) -> bytes:
