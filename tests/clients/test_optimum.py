@@ -50,7 +50,8 @@ from transformers import AutoTokenizer
 
 folder, prompt, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model, tokenizer = ORTModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-made = model.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=tokens, do_sample=False)
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
 print(tokenizer.decode(made[0]))
 """
 
