@@ -26,8 +26,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from awq_onnx import wire
+from awq_onnx.companions import Companion
 from awq_onnx.errors import ModelFileError, OutputError
-from awq_onnx.folder import Companion, Destination
+from awq_onnx.folder import Destination
 from awq_onnx.journal import Entry, Journal
 from awq_onnx.store import INLINE_BYTES, OpenedModel, reference
 

@@ -4,7 +4,7 @@
 
 Each round decodes the same tokens greedily with every model through its key/value cache; the ratios are taken round
 by round, since machines are noisy. All presets but the best give all layers the same format, and the same speed.
-RTN quantises an lm_head to 4 bits where awq-onnx does, in a copy if it is the embedding's table, and to 8 not at all.
+RTN quantises an lm_head to 4 bits where its weight is a constant of its own, as in genai's export, and never to 8.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ is lost."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -329,6 +330,14 @@ def test_a_folder_in_the_place_of_a_file_is_refused(source: Path, tmp_path: Path
     (tmp_path / "out" / "config.json").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"config\.json is a folder"):
         write(source, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_cannot_be_read_is_told_before_any_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "vocab.txt").chmod(0)
+    with pytest.raises(OutputError, match=r"vocab\.txt cannot be read: Permission denied"):
+        write(source, f"{tmp_path}/out/")
+    assert not (tmp_path / "out").exists()
 
 
 def stop(source: Path, folder: str, error: BaseException, *, finished: bool) -> None:
