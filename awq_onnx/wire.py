@@ -9,7 +9,7 @@ graph's initializers and rewrites each as ONNX external data: location = the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -18,8 +18,13 @@ import onnx
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER = 5
 TENSOR_RAW_DATA = 9
-NODE, NODE_ATTRIBUTE = 1, 5  # of a graph, of a node
-ATTRIBUTE_GRAPHS = (6, 11)
+# The fields that lead to a tensor, by message.
+HOLDS: Mapping[str, Mapping[int, str]] = {
+    "model": {MODEL_GRAPH: "graph"},
+    "graph": {1: "node", GRAPH_INITIALIZER: "tensor"},
+    "node": {5: "attribute"},
+    "attribute": {6: "graph", 11: "graph"},
+}
 # Wire types of protobuf.
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -67,10 +72,7 @@ def internalize(data: memoryview) -> list[Piece]:
     """The ModelProto in `data` with the bytes in place of every reference, in pieces: those that the data file has
     are to be read from it. Graphs inside nodes have theirs too.
     """
-    pieces: list[Piece] = []
-    for number, start, body, end in _fields(data, 0, len(data)):
-        pieces += _nested(number, _whole_graph(data, body, end)) if number == MODEL_GRAPH else [data[start:end]]
-    return pieces
+    return _whole(data, 0, len(data), "model")
 
 
 def size_of(pieces: Sequence[Piece]) -> int:
@@ -78,31 +80,15 @@ def size_of(pieces: Sequence[Piece]) -> int:
     return sum(piece.length if isinstance(piece, Span) else len(piece) for piece in pieces)
 
 
-def _whole_graph(data: memoryview, start: int, end: int) -> list[Piece]:
+def _whole(data: memoryview, start: int, end: int, message: str) -> list[Piece]:
     pieces: list[Piece] = []
     for number, field, body, stop in _fields(data, start, end):
-        if number == GRAPH_INITIALIZER:
-            pieces += _nested(number, _whole_tensor(data[body:stop]))
-        elif number == NODE:
-            pieces += _nested(number, _whole_node(data, body, stop))
-        else:
+        inner = HOLDS[message].get(number)
+        if inner is None:
             pieces.append(data[field:stop])
-    return pieces
-
-
-def _whole_node(data: memoryview, start: int, end: int) -> list[Piece]:
-    pieces: list[Piece] = []
-    for number, field, body, stop in _fields(data, start, end):
-        pieces += (
-            _nested(number, _whole_attribute(data, body, stop)) if number == NODE_ATTRIBUTE else [data[field:stop]]
-        )
-    return pieces
-
-
-def _whole_attribute(data: memoryview, start: int, end: int) -> list[Piece]:
-    pieces: list[Piece] = []
-    for number, field, body, stop in _fields(data, start, end):
-        pieces += _nested(number, _whole_graph(data, body, stop)) if number in ATTRIBUTE_GRAPHS else [data[field:stop]]
+            continue
+        held = _whole_tensor(data[body:stop]) if inner == "tensor" else _whole(data, body, stop, inner)
+        pieces += [_tag(number, BYTES) + _varint(size_of(held)), *held]
     return pieces
 
 
@@ -115,11 +101,6 @@ def _whole_tensor(data: memoryview) -> list[Piece]:
     tensor.ClearField("external_data")
     tensor.ClearField("data_location")
     return [tensor.SerializeToString() + _tag(TENSOR_RAW_DATA, BYTES) + _varint(span.length), span]
-
-
-def _nested(number: int, pieces: list[Piece]) -> list[Piece]:
-    """A message as a field of another."""
-    return [_tag(number, BYTES) + _varint(size_of(pieces)), *pieces]
 
 
 def _tensor(data: memoryview, start: int, end: int, location: str) -> bytes | memoryview:
