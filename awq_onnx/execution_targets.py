@@ -17,7 +17,7 @@ class ExecutionTarget:
 
     only_symmetric: it knows no zero points but 0. tells_zero_points: they are written even where they are in the
     middle. positive_scales: it refuses others. whole_blocks: it refuses weights whose K is no multiple of the block
-    size. bias_inside: whether a MatMulNBits may have one.
+    size. bias_inside: whether a MatMulNBits may have one. in_browser: whether pages load the file, see `folder`.
     """
 
     format: str = MATMULNBITS
@@ -31,13 +31,14 @@ class ExecutionTarget:
     positive_scales: bool = False
     whole_blocks: bool = False
     bias_inside: bool = True
+    in_browser: bool = False
 
 
 CPU = "cpu"
 EXECUTION_TARGETS = {
     CPU: ExecutionTarget(),
     "cuda": ExecutionTarget(bits=(4, 8), block_sizes=(16, 32, 64, 128)),
-    "web": ExecutionTarget(bits=(4,), block_sizes=(32, 64, 128)),
+    "web": ExecutionTarget(bits=(4,), block_sizes=(32, 64, 128), in_browser=True),
     "dml": ExecutionTarget(bits=(4, 8), tells_zero_points=True, bias_inside=False),
     "tensorrt": ExecutionTarget(
         format=QDQ,

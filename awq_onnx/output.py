@@ -7,13 +7,14 @@ folder beside the output and renamed into place at the end. A journal in that fo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -24,7 +25,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from awq_onnx import wire
+from awq_onnx.companions import Companion
 from awq_onnx.errors import ModelFileError, OutputError
+from awq_onnx.folder import Destination
 from awq_onnx.journal import Entry, Journal
 from awq_onnx.store import INLINE_BYTES, OpenedModel, reference
 
@@ -34,9 +38,12 @@ FILE_INLINE_BYTES = 1 << 10  # tensors below stay in the written graph file; the
 PAGE_BYTES = 4096  # large tensors start on a page of the data file, so that they can be mapped
 LINE_BYTES = 64  # small ones on a cache line
 COPY_BYTES = 1 << 24
+PROTOBUF_BYTES = (1 << 31) - 1  # the largest file that can hold a whole model
 ASIDE, JOURNAL, LOCK = "aside", "journal", "lock"
 SPILLED = "value-*.npy"  # what the parts of a graph leave there, see `calibrate.shelf`
 REPLACED = "replaced"  # the folder with the output that was there before
+PARTS = "parts"  # what is being published: names there, and places
+WHOLE, COMPANION = "whole.tmp", "companion-"
 
 
 def alignment(size_bytes: int) -> int:
@@ -94,28 +101,36 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
         yield tensor.tobytes()
         return
     with Path(tensor.path).open("rb") as source:
-        source.seek(tensor.offset or 0)
-        remaining = tensor.nbytes
-        while remaining:
-            block = source.read(min(COPY_BYTES, remaining))
-            if not block:
-                raise ModelFileError(f"{tensor.path} became shorter while it was being read")
-            yield block
-            remaining -= len(block)
+        yield from _blocks_of(source, tensor.offset or 0, tensor.nbytes)
+
+
+def _blocks_of(source: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+    source.seek(offset)
+    while length:
+        block = source.read(min(COPY_BYTES, length))
+        if not block:
+            raise ModelFileError(f"{source.name} became shorter while it was being read")
+        yield block
+        length -= len(block)
 
 
 class OutputFiles:
-    """The model being written: NAME and NAME.data, both in the folder `work` until `publish`.
+    """The model being written: NAME, NAME.data and what goes with them, all in the folder `work` until `publish`.
 
     Use as a context manager. Leaving it removes that folder, unless the run was interrupted or could not write, and has
     finished something that the same command goes on from; `done` holds that, by name.
     """
 
-    def __init__(self, output: Path, source: OpenedModel, *, overwrite: bool, key: str | None = None) -> None:
-        """key: a run is gone on with by one with the same key; None: by none."""
-        self.output = output
-        self.work = work_folder(output)
-        self._names = (f"{output.name}.data", output.name)  # the graph last: with it the output is there
+    def __init__(
+        self, output: Path | Destination, source: OpenedModel, *, overwrite: bool, key: str | None = None
+    ) -> None:
+        """output: the file to write, or more about it. key: a run is gone on with by one with the same key; None: by
+        none.
+        """
+        self.destination = output if isinstance(output, Destination) else Destination(output)
+        self.output = self.destination.graph
+        self.work = work_folder(self.output)
+        self._made_folders: list[Path] = []
         self._source = source
         self._overwrite = overwrite
         self._key = key
@@ -128,7 +143,12 @@ class OutputFiles:
 
     def __enter__(self) -> OutputFiles:
         with self.failures():
-            self.work.mkdir(exist_ok=True)
+            try:
+                self._make_folder(self.output.parent)
+                self.work.mkdir(exist_ok=True)
+            except OSError:
+                self._remove_empty_folders()
+                raise
             self._lock = _locked(self.work / LOCK, self.output)
             try:
                 self._begin()
@@ -141,7 +161,7 @@ class OutputFiles:
 
     def _begin(self) -> None:
         self._put_back()
-        paths = (self.work / self._names[0], self.work / ASIDE)
+        paths = (self.work / self.destination.data.name, self.work / ASIDE)
         self._journal = Journal(self.work / JOURNAL, self._key, paths)
         self.done = self._journal.entries
         try:
@@ -206,24 +226,65 @@ class OutputFiles:
         return path
 
     def publish(self) -> int:
-        """Rename both files into place; their size in bytes. Whatever interrupts that, the old output comes back."""
+        """Rename all files into place; the size of the model in bytes. Whatever interrupts that, what was there before
+        comes back.
+        """
         with self.failures():
             self._data.close()
+            whole = self.destination.whole and self._made_whole()
+            parts = self._write_companions(whole)
+            parts |= {path.name: path for path in (self.destination.data, self.output)}  # last the graph, which tells
+            for place in parts.values():
+                self._make_folder(place.parent)
+            relative = {name: os.path.relpath(place, self.output.parent) for name, place in parts.items()}
+            _write(self.work / PARTS, [json.dumps(relative).encode()])
             (self.work / REPLACED).mkdir()
             try:
-                for name in reversed(self._names):
-                    if os.path.lexists(self.output.parent / name):
-                        (self.output.parent / name).rename(self.work / REPLACED / name)
-                for name in self._names:
-                    (self.work / name).rename(self.output.parent / name)
+                for name, place in reversed(parts.items()):
+                    if os.path.lexists(place):
+                        place.rename(self.work / REPLACED / name)
+                for name, place in parts.items():
+                    if not (whole and place == self.destination.data):
+                        (self.work / name).rename(place)
                 self._published = True
             except BaseException:
                 self._put_back()
                 raise
-            return sum((self.output.parent / name).stat().st_size for name in self._names)
+            return self.output.stat().st_size + (0 if whole else self.destination.data.stat().st_size)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of the model in the work folder."""
+        return sum((self.work / path.name).stat().st_size for path in (self.destination.data, self.output))
+
+    def _write_companions(self, whole: bool) -> dict[str, Path]:
+        """Where the companions go, by the names that they have in the work folder now."""
+        folder = self.destination.folder
+        if folder is None:
+            return {}
+        too_large = self.destination.whole and not whole
+        as_written = self.destination.with_external_data() if too_large else self.destination
+        places = {}
+        for number, companion in enumerate(as_written.companions):
+            name = f"{COMPANION}{number}"
+            _write(self.work / name, [companion.read()])
+            places[name] = folder / companion.target
+        return places
+
+    def _made_whole(self) -> bool:
+        """Put the weights into the graph file, little by little, if one file can hold them."""
+        graph = self.work / self.output.name
+        pieces = wire.internalize(memoryview(graph.read_bytes()))
+        if wire.size_of(pieces) > PROTOBUF_BYTES:
+            return False
+        with (self.work / self.destination.data.name).open("rb") as data:
+            _write(self.work / WHOLE, _read(pieces, data))
+        (self.work / WHOLE).replace(graph)
+        return True
 
     def check_space(self, needed_bytes: int) -> None:
         """Raise OutputError where the disk has no room for so much, beside what is written already."""
+        needed_bytes *= 2 if self.destination.whole else 1  # the weights are in both files for a moment
         with self.failures():
             free = shutil.disk_usage(self.work).free
         missing = needed_bytes - self._data.end - free
@@ -252,18 +313,34 @@ class OutputFiles:
         return self._data.append_tensor(value.name or "", tensor)
 
     def _check_places(self) -> None:
-        if not self.output.parent.is_dir():
+        folder = self.destination.folder
+        if folder is None and not self.output.parent.is_dir():
             raise OutputError(f"the folder {self.output.parent} for the output does not exist")
-        for path in (self.output.with_name(name) for name in reversed(self._names)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file, where the output has to make a folder; choose another name")
+        for path in self._places():
             if path.is_dir():
                 raise OutputError(f"{path} is a folder, where the output has to write a file; choose another name")
             if path.exists() and path.resolve() in self._source.files:
                 raise OutputError(f"the output {path} belongs to the model that is read; choose another name")
 
     def _check_existing(self) -> None:
-        for path in (self.output.with_name(name) for name in reversed(self._names)):
-            if path.exists() and not self._overwrite:
+        for path, companion in self._places().items():
+            if self._overwrite or not path.exists():
+                continue
+            if companion is None:
                 raise OutputError(f"{path} exists already; choose another name, or overwrite it with --force")
+            if not companion.replaces(path.read_bytes()):
+                raise OutputError(
+                    f"{path} exists already and is another than the model's; choose another folder, or overwrite it "
+                    "with --force"
+                )
+
+    def _places(self) -> dict[Path, Companion | None]:
+        """Every file that may be written; what it is if not the model."""
+        model: dict[Path, Companion | None] = {self.output: None, self.destination.data: None}
+        folder = self.destination.folder or self.output.parent
+        return model | {folder / one.target: one for one in self.destination.companions}
 
     def _put_back(self) -> None:
         """Undo a `publish` that came no further than this; one that put the graph in place was done."""
@@ -274,13 +351,25 @@ class OutputFiles:
             self._published = True
             self._remove_all_but(LOCK)
             return
-        for name in self._names:
-            place = self.output.parent / name
+        for name, relative in json.loads((self.work / PARTS).read_bytes()).items():
+            place = self.output.parent / relative
             if not (self.work / name).exists():
                 place.rename(self.work / name)
             if os.path.lexists(replaced / name):  # it may be a link, which leads nowhere from there
                 (replaced / name).rename(place)
         replaced.rmdir()
+
+    def _make_folder(self, path: Path) -> None:
+        """Where the output is a folder; it goes again if nothing comes of the output."""
+        missing = [one for one in (path, *path.parents) if not one.exists()] if self.destination.folder else []
+        for folder in reversed(missing):
+            folder.mkdir()
+            self._made_folders.append(folder)
+
+    def _remove_empty_folders(self) -> None:
+        for folder in reversed(self._made_folders):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def _remove_all_but(self, *names: str) -> None:
         for path in self.work.iterdir():
@@ -298,10 +387,29 @@ class OutputFiles:
         with contextlib.suppress(OSError):
             (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
+        self._remove_empty_folders()
 
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+
+
+def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """A file, on the disk."""
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(pieces: Iterable[wire.Piece], data: BinaryIO) -> Iterator[bytes | memoryview]:
+    """The pieces of a file, those that lie in the data file block by block."""
+    for piece in pieces:
+        if isinstance(piece, wire.Span):
+            yield from _blocks_of(data, piece.offset, piece.length)
+        else:
+            yield piece
 
 
 def _locked(path: Path, output: Path) -> int | None:

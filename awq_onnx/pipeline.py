@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from awq_onnx import (
     codec,
+    folder,
     groups,
     labels,
     layouts,
@@ -39,6 +40,7 @@ from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.execution_targets import QDQ
+from awq_onnx.folder import Destination
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.job import Job, Traced
 from awq_onnx.labels import Label
@@ -82,9 +84,11 @@ def quantize(
     """Quantise the weights of `model` to 4 bits with AWQ and write it to `output` (and `output`.data).
 
     model: the path of a .onnx file, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph; it is not
-    changed. calibration: None (the model writes its own text, or what it reads is made up), the path of a .txt,
-    .jsonl, .npz or .npy file, texts, token ids (samples, T), or arrays by input name. tokenizer: the folder of
-    tokenizer.json, for text. machine: what to take of it.
+    changed. output: a file; or a folder (one that is there, or a str with a separator at its end), where the model
+    keeps its name and has config, tokenizer and what else belongs to it beside it. calibration: None (the model writes
+    its own text, or what it reads is made up), the path of a .txt, .jsonl, .npz or .npy file, texts, token ids
+    (samples, T), or arrays by input name. tokenizer: the folder of tokenizer.json, for text. machine: what to take of
+    it.
 
     A run that was interrupted, or found the disk full, leaves a hidden folder beside `output`; the same call goes on
     from there. Raises ModelError, OutputError, CalibrationError, MissingPackageError, RuntimeFailedError (see
@@ -96,7 +100,8 @@ def quantize(
     with Meter() as meter, threads.limited(machine.threads), open_model(model) as opened:
         wanted = signature(opened.model.graph)
         key = resume.key(opened, wanted, recipe, calibration, tokenizer, machine.device)
-        with OutputFiles(Path(output), opened, overwrite=overwrite, key=key) as files:
+        destination = folder.destination(opened, output, web=recipe.runs_on.in_browser)
+        with OutputFiles(destination, opened, overwrite=overwrite, key=key) as files:
             job = Job(opened, wanted, recipe, files, device, machine.budget_bytes, progress)
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
@@ -122,12 +127,13 @@ def quantize(
         return Report(
             model=str(opened.path or "a model in memory"),
             output=str(files.output),
+            carried=tuple(one.target for one in destination.companions),
             recipe=recipe,
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
             tables=tuple(map(report.table_report, packed_tables)),
             kept=plan.kept,
-            notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes)),
+            notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes), *_left_behind(destination)),
             scaled_caches=_scaled_caches(results),
             size_before_bytes=opened.size_bytes,
             size_after_bytes=size_after_bytes,
@@ -493,15 +499,14 @@ def _measure(
 ) -> Comparison:
     """onnxruntime runs the result before it is published."""
     job.progress.stage("Measuring the result")
-    session = _session_of(finished, job.budget_bytes, job.device)
+    session = _session_of(finished, job.files.written_bytes, job.budget_bytes, job.device)
     held_out = calibration_data.held_out
     return compare_outputs(outputs, expected, session, held_out, job.wanted, job.progress.advance)
 
 
-def _session_of(finished: Path, budget_bytes: int, device: Device) -> Any:
+def _session_of(finished: Path, size_bytes: int, budget_bytes: int, device: Device) -> Any:
     """As an application would open it, where memory allows that."""
     runtime.give_back_memory()
-    size_bytes = sum(path.stat().st_size for path in (finished, finished.with_name(f"{finished.name}.data")))
     if COPIES * size_bytes <= budget_bytes:
         return runtime.client_session(finished, device.providers)
     return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False, providers=device.providers)
@@ -514,6 +519,12 @@ def _notes(plan: Plan, recipe: Recipe, size_after_bytes: int) -> list[str]:
     if recipe.target_size is not None and size_after_bytes > recipe.target_size:
         notes.append(f"the model came out larger than the {size_text(recipe.target_size)} that were wanted")
     return notes
+
+
+def _left_behind(destination: Destination) -> list[str]:
+    if not destination.left:
+        return []
+    return [f"not carried over: {', '.join(destination.left)}; quantise or copy the rest of the model into there too"]
 
 
 def _scaled_caches(results: Sequence[GroupResult]) -> int:

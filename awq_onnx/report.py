@@ -65,6 +65,7 @@ class TableReport:
 class Report:
     """The outcome of `quantize`. Sizes in bytes, times in seconds; memory is None where it cannot be measured.
 
+    carried: the files of the model that went with it into the output folder, relative to that.
     peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both.
     """
 
@@ -84,6 +85,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
+    carried: tuple[str, ...] = ()
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +109,7 @@ class Report:
                 "Output",
                 f"{self.output}, {size_text(self.size_after_bytes)} (original {size_text(self.size_before_bytes)})",
             ),
+            *((("Carried over", ", ".join(self.carried)),) if self.carried else ()),
             ("Quantised", _formats(self.matmuls, self.recipe)),
             *(("", f"{one.name} to {one.bits} bits, block size {one.block_size}") for one in self.tables),
             ("Scales", _scales(self.matmuls, self.recipe)),

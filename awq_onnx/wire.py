@@ -1,4 +1,5 @@
-"""Turn the weights inside a .onnx file into references to that same file, without reading them.
+"""Turn the weights inside a .onnx file into references to that same file, without reading them; and references back
+into weights.
 
 A model that was exported as one file keeps its weights in the protobuf, and parsing it copies them all. This
 module walks the wire format (https://protobuf.dev/programming-guides/encoding) as far as the raw data of the
@@ -8,7 +9,8 @@ graph's initializers and rewrites each as ONNX external data: location = the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
 
@@ -16,6 +18,13 @@ import onnx
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER = 5
 TENSOR_RAW_DATA = 9
+# The fields that lead to a tensor, by message.
+HOLDS: Mapping[str, Mapping[int, str]] = {
+    "model": {MODEL_GRAPH: "graph"},
+    "graph": {1: "node", GRAPH_INITIALIZER: "tensor"},
+    "node": {5: "attribute"},
+    "attribute": {6: "graph", 11: "graph"},
+}
 # Wire types of protobuf.
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -46,6 +55,52 @@ def _graph(data: memoryview, start: int, end: int, location: str, min_bytes: int
             continue
         tensor = _tensor(data, body, stop, location)
         yield _tag(GRAPH_INITIALIZER, BYTES) + _varint(len(tensor)) + tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of the data file."""
+
+    offset: int
+    length: int
+
+
+Piece = bytes | memoryview | Span
+
+
+def internalize(data: memoryview) -> list[Piece]:
+    """The ModelProto in `data` with the bytes in place of every reference, in pieces: those that the data file has
+    are to be read from it. Graphs inside nodes have theirs too.
+    """
+    return _whole(data, 0, len(data), "model")
+
+
+def size_of(pieces: Sequence[Piece]) -> int:
+    """In bytes."""
+    return sum(piece.length if isinstance(piece, Span) else len(piece) for piece in pieces)
+
+
+def _whole(data: memoryview, start: int, end: int, message: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    for number, field, body, stop in _fields(data, start, end):
+        inner = HOLDS[message].get(number)
+        if inner is None:
+            pieces.append(data[field:stop])
+            continue
+        held = _whole_tensor(data[body:stop]) if inner == "tensor" else _whole(data, body, stop, inner)
+        pieces += [_tag(number, BYTES) + _varint(size_of(held)), *held]
+    return pieces
+
+
+def _whole_tensor(data: memoryview) -> list[Piece]:
+    tensor = onnx.TensorProto.FromString(bytes(data))
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return [data]
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    span = Span(int(entries["offset"]), int(entries["length"]))
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    return [tensor.SerializeToString() + _tag(TENSOR_RAW_DATA, BYTES) + _varint(span.length), span]
 
 
 def _tensor(data: memoryview, start: int, end: int, location: str) -> bytes | memoryview:

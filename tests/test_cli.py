@@ -121,6 +121,13 @@ def test_o_names_the_output(folder: Path) -> None:
     assert sorted(files(folder)) == ["model.onnx", "small", "small/m.onnx", "small/m.onnx.data"]
 
 
+def test_o_may_name_a_folder_which_gets_what_belongs_to_the_model(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    summary, _ = command("model.onnx", "-o", "small/", *QUICK, cwd=folder)
+    assert "Carried over  config.json\n" in summary
+    assert set(files(folder / "small")) == {"model.onnx", "model.onnx.data", "config.json"}
+
+
 def test_paths_are_relative_to_the_current_folder(folder: Path) -> None:
     command("model.onnx", "-o", "out.onnx", *QUICK, cwd=folder)
     assert sorted(files(folder)) == ["model.onnx", "out.onnx", "out.onnx.data"]
@@ -500,9 +507,15 @@ def test_the_folder_of_the_output_is_missing(folder: Path, refused: Refused) -> 
     assert "does not exist" in refused(folder / "model.onnx", "-o", folder / "no" / "out.onnx", code=4)
 
 
-def test_the_output_is_a_folder(folder: Path, refused: Refused) -> None:
+def test_the_output_is_the_folder_of_the_model(folder: Path, refused: Refused) -> None:
+    assert "is the folder of the model" in refused(folder / "model.onnx", "-o", f"{folder}/", "--force", code=4)
+
+
+def test_another_configuration_in_the_folder_of_the_output(folder: Path, refused: Refused) -> None:
+    (folder / "config.json").write_text("{}")
     (folder / "out").mkdir()
-    assert "is a folder" in refused(folder / "model.onnx", "-o", folder / "out", "--force", code=4)
+    (folder / "out" / "config.json").write_text("precious")
+    assert "--force" in refused(folder / "model.onnx", "-o", f"{folder}/out/", code=4)
 
 
 def test_the_data_file_of_the_output_is_a_folder(folder: Path, refused: Refused) -> None:

@@ -426,17 +426,6 @@ def test_paths_may_be_strings(tmp_path: Path) -> None:
     assert awq_onnx.quantize(str(path), str(tmp_path / "out.onnx"), QUICK).output == str(tmp_path / "out.onnx")
 
 
-def test_graphsurgeon_opens_the_output(tmp_path: Path) -> None:
-    _, output = quantized(tiny_decoder(), tmp_path)
-    graph = onnx_graphsurgeon.import_onnx(onnx.load(output))
-    assert sum(node.op == "MatMulNBits" for node in graph.nodes) == 14
-    exported = onnx_graphsurgeon.export_onnx(graph)
-    assert same(
-        {one.name: numpy_helper.to_array(one) for one in exported.graph.initializer if ".codes" in one.name},
-        {name: values for name, values in weights(output).items() if ".codes" in name},
-    )
-
-
 # Calibration
 
 

@@ -79,6 +79,38 @@ def test_references_name_the_exact_bytes_and_nothing_else_changes(model: onnx.Mo
     assert whole == model
 
 
+def whole(model: onnx.ModelProto, data: bytes) -> onnx.ModelProto:
+    """What `internalize` makes of a model whose references are into `data`."""
+    pieces = wire.internalize(memoryview(model.SerializeToString()))
+    read = [data[p.offset : p.offset + p.length] if isinstance(p, wire.Span) else bytes(p) for p in pieces]
+    assert sum(map(len, read)) == wire.size_of(pieces)
+    return onnx.ModelProto.FromString(b"".join(read))
+
+
+@pytest.mark.parametrize("model", [decorated(), tiny_decoder(layers=1)], ids=["decorated", "decoder"])
+def test_references_become_weights_again(model: onnx.ModelProto) -> None:
+    data = model.SerializeToString()
+    assert whole(externalized(data), data) == model
+    assert whole(model, b"") == model
+
+
+def test_references_of_graphs_inside_nodes_become_weights_too() -> None:
+    weight = numpy_helper.from_array(np.arange(50, dtype=np.float32), "w")
+    data = weight.raw_data
+    inner = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "inner", [], [], [weight])
+    deeper = helper.make_graph([helper.make_node("If", ["c"], ["y"], then_branch=inner)], "deeper", [], [])
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("If", ["c"], ["y"], then_branch=deeper)], "g", [], [])
+    )
+    referring = onnx.ModelProto.FromString(model.SerializeToString())
+    (tensor,) = referring.graph.node[0].attribute[0].g.node[0].attribute[0].g.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "data"), ("offset", "0"), ("length", str(len(data)))):
+        tensor.external_data.add(key=key, value=value)
+    assert whole(referring, data) == model
+
+
 def test_the_values_of_a_weight_are_read_through_its_reference() -> None:
     weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
     graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(weight, "w")])

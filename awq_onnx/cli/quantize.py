@@ -33,7 +33,8 @@ from awq_onnx.recipe import (
 EPILOG = """\
 examples:
   awq-onnx model.onnx                                 writes model_int4.onnx and model_int4.onnx.data
-  awq-onnx model.onnx -o small/model.onnx --force     ... elsewhere, over what is there
+  awq-onnx model.onnx -o small.onnx --force           ... elsewhere, over what is there
+  awq-onnx model.onnx -o small/                       a folder that optimum and onnxruntime-genai open as it is
   awq-onnx model.onnx --calibration notes.txt         calibrated on your text (tokenizer.json beside the model)
   awq-onnx encoder.onnx --calibration inputs.npz      ... on your inputs, arrays named like the model's inputs
 
@@ -60,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
-        metavar="FILE",
-        help="the file to write (default: MODEL_int4.onnx beside the model)",
+        metavar="FILE|DIR/",
+        help="the file to write (default: MODEL_int4.onnx beside the model); a folder, or a name that ends with /: the "
+        "model under its own name, with config, tokenizer and what else lies beside it and belongs to it",
     )
     parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a summary")
@@ -132,16 +133,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def interrupted(arguments: argparse.Namespace) -> str:
+    from awq_onnx.folder import graph_paths
     from awq_onnx.output import work_folder
 
-    kept = work_folder(_output(arguments)).exists()
+    kept = any(work_folder(path).exists() for path in graph_paths(arguments.model, _output(arguments)))
     return "the same command goes on from here" if kept else "nothing was written"
 
 
-def _output(arguments: argparse.Namespace) -> Path:
-    given: Path | None = arguments.output
+def _output(arguments: argparse.Namespace) -> str:
+    given: str | None = arguments.output
     model: Path = arguments.model
-    return given or model.with_name(f"{model.stem}_int4.onnx")
+    return str(model.with_name(f"{model.stem}_int4.onnx")) if given is None else given
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
