@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import runpy
 import subprocess
 import sys
@@ -32,9 +34,11 @@ def prompt_ids(folder: Path) -> list[int]:
 
 
 def greedy_text(model: Path, folder: Path) -> str:
-    """What the model writes after the prompt, token by token through its cache; the tokenizer lies in folder."""
+    """What the model writes after the prompt until it ends the text; tokenizer and generation_config.json in folder."""
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    text: str = _tokenizer(folder).decode(list(_greedy(session, prompt_ids(folder), NEW_TOKENS)))
+    end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    ids = itertools.takewhile(lambda token: token != end, _greedy(session, prompt_ids(folder), NEW_TOKENS))
+    text: str = _tokenizer(folder).decode(list(ids))
     return text
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
 from trained import trained
+from web import write_web_folder
 
 import awq_onnx
 from awq_onnx import Recipe
@@ -56,6 +58,15 @@ def int4_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield output
     for path in output.parent.iterdir():  # pytest keeps folders of several runs, and this one is large
         path.unlink()
+
+
+@pytest.fixture(scope="session")
+def web_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with SmolLM2 in 4 bits as transformers.js wants it."""
+    folder = tmp_path_factory.mktemp("web") / "smollm2"
+    write_web_folder(smollm2, folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import npm
+import numpy as np
 import pytest
 from conftest import Row
 from trained import last_logits, prompt_ids

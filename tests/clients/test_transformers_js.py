@@ -10,16 +10,13 @@ from typing import Any
 
 import npm
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from conftest import Row
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from trained import NEW_TOKENS, PROMPT, greedy_text, trained
-
-import awq_onnx
-from awq_onnx import Recipe
+from web import MODEL, write_web_folder
 
 pytestmark = pytest.mark.clients
 
@@ -28,50 +25,31 @@ GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SENTENCE = "A llama is a domesticated animal of South America."
 
 
-def test_it_writes_the_text_of_plain_onnxruntime(chat_model: Path, row: Callable[[Row], None]) -> None:
-    [answer] = run("text-generation", chat_model, PROMPT, GREEDY)
-    assert answer["generated_text"] == PROMPT + greedy_text(chat_model / "onnx" / "model_q4.onnx", chat_model)
+def test_it_writes_the_text_of_plain_onnxruntime(web_smollm2: Path, row: Callable[[Row], None]) -> None:
+    [answer] = run("text-generation", web_smollm2, PROMPT, GREEDY)
+    assert answer["generated_text"] == PROMPT + greedy_text(web_smollm2 / MODEL, web_smollm2)
     row(told("SmolLM2-135M", "text-generation in node, dtype q4", "the greedy text of plain onnxruntime"))
 
 
-def test_it_answers_a_chat(chat_model: Path) -> None:
-    [answer] = run("text-generation", chat_model, [{"role": "user", "content": "Say hello."}], GREEDY)
+def test_it_answers_a_chat(web_smollm2: Path) -> None:
+    [answer] = run("text-generation", web_smollm2, [{"role": "user", "content": "Say hello."}], GREEDY)
     assert answer["generated_text"][-1]["role"] == "assistant"
     assert answer["generated_text"][-1]["content"]
 
 
 def test_it_gives_the_vectors_of_plain_onnxruntime(encoder: Path, row: Callable[[Row], None]) -> None:
     vectors = np.array(run("feature-extraction", encoder, SENTENCE, {}))
-    expected = token_vectors(encoder / "onnx" / "model_q4.onnx", encoder, SENTENCE)
+    expected = token_vectors(encoder / MODEL, encoder, SENTENCE)
     np.testing.assert_allclose(vectors, expected, atol=1e-3)
     row(told("all-MiniLM-L6-v2", "feature-extraction in node, dtype q4", "the token vectors of plain onnxruntime"))
 
 
 @pytest.fixture(scope="module")
-def chat_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from web_folder(smollm2, tmp_path_factory.mktemp("web") / "smollm2")
-
-
-@pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from web_folder(trained("bert.py"), tmp_path_factory.mktemp("web") / "bert")
-
-
-def web_folder(model: Path, folder: Path) -> Iterator[Path]:
-    """The model in 4 bits as transformers.js wants it, weights inside; there until the generator is closed."""
-    output = folder / "onnx" / "model_q4.onnx"
-    output.parent.mkdir(parents=True)
-    separate = folder / "separate.onnx"
-    awq_onnx.quantize(model, separate, Recipe(quality="fast", samples=4, sequence_length=32))
-    onnx.save(onnx.load(separate), output)
-    for path in model.parent.glob("*.json"):
-        shutil.copy(path, folder)
-    template = model.with_name("chat_template.jinja")
-    if template.exists():  # transformers.js reads it nowhere else
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template.read_text()}))
+    folder = tmp_path_factory.mktemp("web") / "bert"
+    write_web_folder(trained("bert.py"), folder)
     yield folder
-    shutil.rmtree(folder)  # pytest keeps folders of several runs, and these are large
+    shutil.rmtree(folder)
 
 
 def run(task: str, folder: Path, given: object, options: dict[str, Any]) -> Any:
