@@ -10,7 +10,7 @@ import npm
 import pytest
 
 
-def browse(script: Path, *arguments: object, timeout: float = 300) -> Any:
+def browse(script: Path, *arguments: object, timeout: float = 600) -> Any:
     """What a script that drives Chromium prints as JSON. Skips the test where there is no Chromium."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:

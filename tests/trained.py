@@ -33,11 +33,11 @@ def prompt_ids(folder: Path) -> list[int]:
     return ids
 
 
-def greedy_text(model: Path, folder: Path) -> str:
+def greedy_text(model: Path, folder: Path, tokens: int = NEW_TOKENS) -> str:
     """What the model writes after the prompt until it ends the text; tokenizer and generation_config.json in folder."""
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    ids = itertools.takewhile(lambda token: token != end, _greedy(session, prompt_ids(folder), NEW_TOKENS))
+    ids = itertools.takewhile(lambda token: token != end, _greedy(session, prompt_ids(folder), tokens))
     text: str = _tokenizer(folder).decode(list(ids))
     return text
 

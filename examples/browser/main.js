@@ -18,10 +18,10 @@ const ON = {
     $("size").textContent = `${Math.round(received / 1e6)} of ${megabytes(total)}`;
     if (received === total) $("progress").removeAttribute("value"); // onnxruntime reads it
   },
-  ready({ bytes, threads }) {
+  ready({ bytes, device, threads }) {
     $("progress").hidden = true;
     $("size").textContent = megabytes(bytes);
-    $("threads").textContent = threads;
+    $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU, ${threads === 1 ? "1 thread" : `${threads} threads`}`;
     enter("ready");
   },
   text({ text, speed, first }) {

@@ -2,12 +2,21 @@
 // Takes {prompt, tokens} and "stop"; answers {kind: "progress" | "ready" | "text" | "done" | "problem", ...}.
 // A worker has no import map: the packages are named by their files.
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
-import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
 const MODEL = "model/onnx/model_q4.onnx"; // as awq-onnx --target web -o FOLDER/ writes it
-// WebAssembly has no kernel for 4 bits: onnxruntime unpacks the weights of a MatMulNBits for every token. With this
-// setting those of a DequantizeLinear (--format qdq) are unpacked once: four times as fast, in the memory of float32.
-const OPTIONS = { executionProviders: ["wasm"], extra: { session: { disable_quant_qdq: "1" } } };
+const DEVICES = {
+  webgpu: {
+    runtime: "./node_modules/onnxruntime-web/dist/ort.webgpu.min.mjs",
+    options: { executionProviders: ["webgpu"], preferredOutputLocation: "gpu-buffer" }, // the cache stays there
+  },
+  // WebAssembly has no kernel for 4 bits: onnxruntime unpacks the weights of a MatMulNBits for every token. With this
+  // setting those of a DequantizeLinear (--format qdq) are unpacked once: far faster, in the memory of float32.
+  wasm: {
+    runtime: "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs",
+    options: { executionProviders: ["wasm"], extra: { session: { disable_quant_qdq: "1" } } },
+  },
+};
+let ort;
 let model;
 let stopped;
 
@@ -33,12 +42,15 @@ async function json(name, otherwise) {
 }
 
 async function load() {
+  const device = (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
+  const { runtime, options } = DEVICES[device];
+  ort = await import(runtime);
   const tokenizer = new Tokenizer(await json("tokenizer.json"), await json("tokenizer_config.json"));
   const { eos_token_id: ends } = await json("generation_config.json", {});
   const bytes = await download(MODEL);
-  const session = await ort.InferenceSession.create(bytes, OPTIONS);
+  const session = await ort.InferenceSession.create(bytes, options);
   model = { tokenizer, session, ends: [ends].flat() };
-  postMessage({ kind: "ready", bytes: bytes.length, threads: ort.env.wasm.numThreads });
+  postMessage({ kind: "ready", bytes: bytes.length, device, threads: ort.env.wasm.numThreads });
 }
 
 const row = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
@@ -51,8 +63,8 @@ function emptyCache(session) {
   return cache;
 }
 
-function likeliest({ data, dims }) {
-  const last = data.subarray(-dims.at(-1));
+async function likeliest(logits) {
+  const last = (await logits.getData()).subarray(-logits.dims.at(-1));
   return last.reduce((best, value, token) => (value > last[best] ? token : best), 0);
 }
 
@@ -66,10 +78,10 @@ async function* greedy({ session, ends }, ids) {
       attention_mask: row(Array(total).fill(1)),
       position_ids: row(Array.from(ids, (_, index) => seen + index)),
     };
-    const made = await session.run({ ...cache, ...feed });
-    const names = Object.keys(cache);
-    cache = Object.fromEntries(names.map((name) => [name, made[name.replace("past_key_values", "present")]]));
-    const token = likeliest(made.logits);
+    const { logits, ...made } = await session.run({ ...cache, ...feed });
+    const token = await likeliest(logits);
+    for (const tensor of [logits, ...Object.values(cache)]) tensor.dispose();
+    cache = Object.fromEntries(Object.entries(made).map(([name, value]) => [name.replace("present", "past_key_values"), value]));
     if (ends.includes(token)) return;
     yield token;
     seen = total;

@@ -28,22 +28,26 @@ REFERENCE = re.compile(r"""(?:src=|href=|from |Worker\()"(?!data:)([^"]+)\"""") 
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "runs_on"), [("none", NEW_TOKENS, "CPU"), ("software", 3, "WebGPU")], ids=["WebAssembly", "WebGPU"]
+)
 def test_the_page_writes_the_sentence_of_plain_onnxruntime(
-    web_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
+    gpu: str, tokens: int, runs_on: str, web_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
 ) -> None:
-    modules = npm.installed(npm.ORT_WEB, npm.TOKENIZERS)
-    with served(web_smollm2, modules) as url:
-        shown = browse(PAGE, url, PROMPT, NEW_TOKENS, tmp_path)
-    assert shown["written"] == greedy_text(web_smollm2 / MODEL, web_smollm2)
+    with served(web_smollm2, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
+        shown = browse(PAGE, gpu, url, PROMPT, tokens, tmp_path)
     assert not shown["problems"]
+    assert shown["written"] == greedy_text(web_smollm2 / MODEL, web_smollm2, tokens)
+    assert shown["device"].startswith(runs_on)
     assert len(list(tmp_path.glob("*.png"))) == 4
+    how = {"CPU": "WebAssembly", "WebGPU": "WebGPU on a GPU in software"}[runs_on]
     row(
         Row(
             client="onnxruntime-web",
             version=npm.version(npm.ORT_WEB),
             model="SmolLM2-135M",
-            ran="examples/browser in headless Chromium, WebAssembly",
-            result="the greedy text of plain onnxruntime",
+            ran=f"examples/browser in headless Chromium, {how}",
+            result=f"the greedy text of plain onnxruntime, {tokens} tokens",
         )
     )
 
@@ -51,7 +55,7 @@ def test_the_page_writes_the_sentence_of_plain_onnxruntime(
 @pytest.mark.clients
 def test_the_page_says_which_file_is_missing(tmp_path: Path) -> None:
     with served(tmp_path, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
-        shown = browse(PAGE, url, PROMPT, NEW_TOKENS)
+        shown = browse(PAGE, "none", url, PROMPT, 1)
     assert shown["problem"] == "model/tokenizer.json: 404 File not found"
 
 
