@@ -20,7 +20,7 @@ GPU_BENCHES := \
 	'gpu_matmul.py' 'gpu_matmul.py --block-size 128 --zero-points --rows 1 16 64' \
 	'gpu_matmul.py --dtype bfloat16 --rows 1 16 64' 'gpu_decoder.py' 'gpu_search.py'
 
-.PHONY: help setup demo test check bench methods front coverage gpu-test gpu-bench gpu-resources clean
+.PHONY: help setup demo test check bench methods front coverage clients gpu-test gpu-bench gpu-resources clean
 
 help:
 	@echo 'make demo   build a real language model, quantise it, continue a prompt with both'
@@ -30,6 +30,7 @@ help:
 	@echo 'make methods   the methods side by side: writes docs/methods.md (some hours)'
 	@echo 'make front     awq-onnx beside other tools at every size: writes docs/front.svg (some hours)'
 	@echo 'make coverage  what is done with every architecture and exporter: writes docs/coverage.md'
+	@echo 'make clients   real clients with what awq-onnx writes, a browser among them: writes docs/clients.md'
 	@echo 'make gpu-test   the tests that need an NVIDIA GPU'
 	@echo 'make gpu-bench  on a GPU: kernels, a decoder and the search beside onnxruntime; writes gpu-bench.md'
 	@echo 'make gpu-resources  registers and instructions of the CUDA kernels, without a GPU; writes docs/kernels.md'
@@ -73,6 +74,10 @@ front: $(MODELS)
 
 coverage: $(MODELS)
 	$(BIN)/python benchmarks/coverage.py --output docs/coverage.md
+
+# Also node and npm, and Debian's chromium.
+clients: $(MODELS)
+	AWQ_ONNX_CLIENTS=1 AWQ_ONNX_CLIENTS_TABLE=docs/clients.md $(BIN)/python -m pytest tests/clients
 
 $(GPU_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(GPU_VENV)

@@ -15,21 +15,36 @@ from awq_onnx._version import __version__
 
 if TYPE_CHECKING:
     from awq_onnx.comparison import Comparison, compare
+    from awq_onnx.inspection import Inspection, inspect
     from awq_onnx.machine import Machine
     from awq_onnx.pipeline import quantize
     from awq_onnx.progress import Progress
     from awq_onnx.recipe import Recipe
     from awq_onnx.report import Report
 
-__all__ = ["Comparison", "Machine", "Progress", "Recipe", "Report", "__version__", "compare", "errors", "quantize"]
+__all__ = [
+    "Comparison",
+    "Inspection",
+    "Machine",
+    "Progress",
+    "Recipe",
+    "Report",
+    "__version__",
+    "compare",
+    "errors",
+    "inspect",
+    "quantize",
+]
 
 _HOMES = {
     "Comparison": "awq_onnx.comparison",
+    "Inspection": "awq_onnx.inspection",
     "Machine": "awq_onnx.machine",
     "Progress": "awq_onnx.progress",
     "Recipe": "awq_onnx.recipe",
     "Report": "awq_onnx.report",
     "compare": "awq_onnx.comparison",
+    "inspect": "awq_onnx.inspection",
     "quantize": "awq_onnx.pipeline",
 }
 

@@ -56,6 +56,13 @@ class Format:
     def blocks_of(self, K: int) -> int:
         return -(-K // self.block_size)
 
+    def sizes(self, K: int, N: int) -> tuple[int, int, int]:
+        """Bytes of the codes, scales and zero points of a weight (K, N) in the file."""
+        blocks = -(-K // self.stored_block_size)
+        codes, scales = blocks * self.stored_block_size * self.bits // 8, blocks * self.scale_dtype.itemsize
+        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return N * codes, N * scales, N * zero_points
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from awq_onnx import codec, groups, methods, partwise, report, resume, runtime, tables, targets, threads
+from awq_onnx import codec, groups, labels, methods, partwise, report, resume, runtime, tables, targets, threads
 from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
@@ -27,6 +27,7 @@ from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.job import Job, Traced
+from awq_onnx.labels import Label
 from awq_onnx.machine import Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
@@ -307,11 +308,13 @@ def _edit(
     model = opened.model
     before = check.outline_of(model.graph)
     divided = _fold(opened, results)
+    _tell_divided(results)
     added = Counter({"Mul": _insert_muls(model.graph, results)})
     scales: dict[tuple[str, bytes], ir.TensorProtocol] = {}
     for result in results:
         for site in result.sites:
             gathers = embedding.lookups(site.site) if site.site not in divided else []
+            label = Label.of(report.matmul_report(result, site))
             layer = rewrite.to_matmul_nbits(
                 model,
                 site.site,
@@ -319,15 +322,16 @@ def _edit(
                 block_size=site.block_size,
                 bits=site.bits,
                 accuracy_level=recipe.accuracy_level,
-                metadata=_metadata(result, site),
+                metadata=label.metadata(),
+                doc_string=label.sentences(site.bits, site.block_size, zero_points=site.zero_points is not None),
             )
             added += Counter({layer.op_type: 1}) + embedding.share(model, layer, gathers)
     for one in packed_tables:
         tensors = [one.codes, one.scales, one.zero_points]
         looking_up = embedding.look_up(model.graph, one.table, tensors, one.bits, one.block_size)
         added += Counter({"GatherBlockQuantized": looking_up})
-    model.metadata_props["awq_onnx.version"] = __version__
-    model.metadata_props["awq_onnx.recipe"] = json.dumps(recipe.to_dict())
+    model.metadata_props[labels.VERSION] = __version__
+    model.metadata_props[labels.RECIPE] = json.dumps(recipe.to_dict())
     check.check(model.graph, before, added)
 
 
@@ -383,16 +387,15 @@ def _packed(
     )
 
 
-def _metadata(result: GroupResult, site: SiteResult) -> dict[str, str]:
-    """What Netron shows of a node."""
-    row = report.matmul_report(result, site)
-    return {
-        "awq_onnx.alpha": f"{row.alpha:g}",
-        "awq_onnx.scale_from": row.scale_from,
-        "awq_onnx.folded_into": row.folded_into or f"nothing: {row.reason} ({row.blocked_by})",
-        "awq_onnx.error": f"{row.error:.5f}",
-        "awq_onnx.error_of_plain_rounding": f"{row.plain_error:.5f}",
-    }
+def _tell_divided(results: Sequence[GroupResult]) -> None:
+    """Say of each node that absorbed a scale whose it was."""
+    for result in results:
+        if isinstance(result.folded, Refusal) or np.all(result.scale == 1):
+            continue
+        told = labels.divided([site.name for site in result.group.sites])
+        for absorber in result.folded:
+            for node in fold.divided_nodes(absorber):
+                node.metadata_props.update(told)
 
 
 def _is_made(graph: ir.Graph, output: str) -> bool:

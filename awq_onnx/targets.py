@@ -83,6 +83,11 @@ class Item:
         """Its weight, or its table, in the graph."""
         return [self.table.value] if self.table else [site.weight for site in self.sites]
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the tensors take that it is made of now."""
+        return sum({id(one): one.nbytes for value in self.values for one in _stored(value)}.values())
+
 
 def items_of(
     plan: Sequence[Group], formats: Mapping[Site, Format], chosen: Sequence[tuple[Table, Format]], recipe: Recipe
@@ -115,6 +120,12 @@ def _offered(plain: Format, bits: Sequence[int], filled: int | None) -> tuple[Fo
     formats = [replace(plain, bits=count, block_size=size, stored=None) for count, size in both]
     fitting = [one for one in formats if filled is None or filled % one.block_size == 0]
     return tuple(fitting) if plain in fitting else (*fitting, plain)
+
+
+def wanted_bytes(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> int:
+    """About what the model will take, in the formats that are told or up to the target."""
+    others = _others_bytes(items, opened)
+    return others + _budget_bytes(items, others, recipe)
 
 
 def check(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> None:
@@ -220,11 +231,7 @@ def _stored(value: ir.Value) -> Iterator[ir.TensorProtocol]:
 
 def _bytes(item: Item, fmt: Format, recipe: Recipe) -> int:
     """Codes, scales and zero points; for a size of the file with the largest gaps before them."""
-    K, N = item.shape
-    blocks = -(-K // fmt.stored_block_size)
-    codes, scales = blocks * fmt.stored_block_size * fmt.bits // 8, blocks * fmt.scale_dtype.itemsize
-    zero_points = 0 if fmt.symmetric else -(-blocks * fmt.bits // 8)
-    sizes = [N * one for one in (codes, scales, zero_points)]
+    sizes = fmt.sizes(*item.shape)
     gaps = sum(map(alignment, sizes)) if recipe.target_size is not None else 0
     return sum(sizes) + gaps + NODE_BYTES
 

@@ -231,6 +231,29 @@ def test_each_matmulnbits_tells_how_it_was_made(tmp_path: Path) -> None:
         assert node.doc_string == f"doc of {node.name}"
 
 
+def test_a_matmulnbits_without_a_doc_string_gets_one(tmp_path: Path) -> None:
+    report, output = quantized(tiny_decoder(layers=1), tmp_path)
+    rows = {one.name: one for one in report.matmuls}
+    for node in quantized_nodes(output):
+        row = rows[node.name]
+        assert node.doc_string.startswith("Weight of 4 bits, in blocks of 32 along K with zero points. ")
+        assert f"mean|x|^{row.alpha:g}" in node.doc_string if row.alpha else "not scaled" in node.doc_string
+        assert f"plain rounding {row.plain_error:.3g}." in node.doc_string
+
+
+def test_what_absorbed_a_scale_tells_whose(tmp_path: Path) -> None:
+    report, output = quantized(tiny_decoder(layers=1), tmp_path)
+    told = {
+        node.name: one.value
+        for node in graph_of(output).node
+        for one in node.metadata_props
+        if one.key == "awq_onnx.divided_by_the_scale_of"
+    }
+    scaled = [(one.folded_into, one.name) for one in report.matmuls if one.alpha > 0]
+    assert scaled
+    assert {(into, name) for into, names in told.items() for name in names.split(", ")} == set(scaled)
+
+
 def test_the_model_tells_the_recipe_and_the_version(tmp_path: Path) -> None:
     _, output = quantized(tiny_decoder(layers=1), tmp_path)
     told = {one.key: one.value for one in onnx.load(output, load_external_data=False).metadata_props}

@@ -20,6 +20,17 @@ def two_columns(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells each as lines: the second cell flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{'<' if at == 1 else '>'}{width}}" for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 class Display:
     """Progress on stderr: on a terminal a bar for each stage, elsewhere a line."""
 

@@ -30,6 +30,9 @@ examples:
   awq-onnx model.onnx --calibration notes.txt         calibrated on your text (tokenizer.json beside the model)
   awq-onnx encoder.onnx --calibration inputs.npz      ... on your inputs, arrays named like the model's inputs
 
+other commands, each with its own --help:
+  awq-onnx inspect model.onnx                         what would be done, or how an int4 model was made
+
 exit codes:
   0 done                               5 the calibration data do not fit the model
   2 an option cannot be used so        6 a Python package is missing

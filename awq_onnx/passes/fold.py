@@ -59,6 +59,12 @@ def divide_vector(graph: ir.Graph, vector: Vector, scale: NDArray[np.float32]) -
     replace_constant(graph, vector.node, vector.index, ir.Tensor(values, dtype=vector.tensor.dtype))
 
 
+def divided_nodes(absorber: Absorber) -> list[ir.Node]:
+    """The nodes that hold what is divided: a norm and what adds its beta, or a layer and what adds its bias."""
+    layer = [absorber.site.node] if isinstance(absorber, Linear) else []
+    return layer + [vector.node for vector in absorber.vectors]
+
+
 def rescale_layer(
     graph: ir.Graph,
     site: Site,

@@ -45,8 +45,12 @@ def to_matmul_nbits(
     bits: int,
     accuracy_level: int,
     metadata: Mapping[str, str],
+    doc_string: str | None = None,
 ) -> ir.Node:
-    """Put the new node where the layer was; the old weight goes if nothing else reads it."""
+    """Put the new node where the layer was; the old weight goes if nothing else reads it.
+
+    metadata: beside what the layer has. doc_string: where it has none.
+    """
     graph, old = model.graph, site.node
     node = ir.node(
         "MatMulNBits",
@@ -60,7 +64,7 @@ def to_matmul_nbits(
         },
         domain=DOMAIN,
         name=old.name,
-        doc_string=old.doc_string,
+        doc_string=old.doc_string or doc_string,
         metadata_props={**old.metadata_props, **metadata},
     )
     take_over(old.outputs[0], node.outputs[0])

@@ -1,0 +1,84 @@
+"""What the nodes of a quantised model say of themselves: for Netron, and for `inspect`, which reads it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from awq_onnx.report import MatMulReport
+
+ALPHA = "awq_onnx.alpha"
+SCALE_FROM = "awq_onnx.scale_from"
+FOLDED_INTO = "awq_onnx.folded_into"
+ERROR = "awq_onnx.error"
+PLAIN_ERROR = "awq_onnx.error_of_plain_rounding"
+DIVIDED = "awq_onnx.divided_by_the_scale_of"  # on the node that absorbed it
+VERSION, RECIPE = "awq_onnx.version", "awq_onnx.recipe"  # of the model
+NOTHING = "nothing: "  # in the place of a node that a scale is folded into
+SCALES = {
+    "mean": "mean|x|^{alpha:g}",
+    "max": "max|x|^{alpha:g} / max|w|^{rest:g}",
+    "weights": "mean|x|^{alpha:g} / mean(|w| / max|w|)^{rest:g}",
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is known of one quantised layer, see `report.MatMulReport`. reason: why no scale was folded, else None."""
+
+    alpha: float
+    scale_from: str
+    folded_into: str | None
+    reason: str | None
+    error: float
+    plain_error: float
+
+    @classmethod
+    def of(cls, row: MatMulReport) -> Label:
+        reason = None if row.reason is None else f"{row.reason} ({row.blocked_by})"
+        return cls(row.alpha, row.scale_from, row.folded_into, reason, row.error, row.plain_error)
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Label | None:
+        """The label that `metadata` made; None where there is none, or not a whole one."""
+        try:
+            into = metadata[FOLDED_INTO]
+            refused = into.startswith(NOTHING)
+            return cls(
+                alpha=float(metadata[ALPHA]),
+                scale_from=metadata[SCALE_FROM],
+                folded_into=None if refused else into,
+                reason=into.removeprefix(NOTHING) if refused else None,
+                error=float(metadata[ERROR]),
+                plain_error=float(metadata[PLAIN_ERROR]),
+            )
+        except (KeyError, ValueError):
+            return None
+
+    def metadata(self) -> dict[str, str]:
+        """The properties of the node."""
+        return {
+            ALPHA: f"{self.alpha:g}",
+            SCALE_FROM: self.scale_from,
+            FOLDED_INTO: self.folded_into or f"{NOTHING}{self.reason}",
+            ERROR: f"{self.error:.5f}",
+            PLAIN_ERROR: f"{self.plain_error:.5f}",
+        }
+
+    def sentences(self, bits: int, block_size: int, *, zero_points: bool) -> str:
+        """The doc string of the node, for a person who never heard of the properties."""
+        return (
+            f"Weight of {bits} bits, in blocks of {block_size} along K {'with' if zero_points else 'without'} zero "
+            f"points. {self._scale()} ||X E|| / ||X W|| = {self.error:.3g}; plain rounding {self.plain_error:.3g}."
+        )
+
+    def _scale(self) -> str:
+        if self.alpha == 0:
+            return "Its input is not scaled."
+        scale = SCALES[self.scale_from].format(alpha=self.alpha, rest=1 - self.alpha)
+        return f"Its input is divided by s = {scale}, its weight times s; s is folded into {self.folded_into}."
+
+
+def divided(readers: Sequence[str]) -> dict[str, str]:
+    """The properties of a node that absorbed the scale of these layers."""
+    return {DIVIDED: ", ".join(readers)}
