@@ -1,7 +1,7 @@
 // node netron.cjs CHROMIUM URL NODE PICTURE: selects a node in Netron by its name, tells the properties that it shows.
 const visit = require("./chromium.cjs");
 
-const WINDOW = { viewport: { width: 1200, height: 800 } };
+const WINDOW = { viewport: { width: 1200, height: 860 } };
 
 const [program, url, node, picture] = process.argv.slice(2);
 visit(program, async (page, context) => {
@@ -18,7 +18,8 @@ visit(program, async (page, context) => {
   const shown = {};
   for (const item of await properties.all()) {
     const name = await item.locator(".sidebar-item-name input").inputValue();
-    shown[name] = await item.locator(".sidebar-item-value-list").innerText();
+    const value = await item.locator(".sidebar-item-value-list").innerText();
+    shown[name] = value.replace(/^[+?]\n/, ""); // a button
   }
   return shown;
 }, WINDOW);
