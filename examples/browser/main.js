@@ -21,7 +21,7 @@ const ON = {
   ready({ bytes, device, threads }) {
     $("progress").hidden = true;
     $("size").textContent = megabytes(bytes);
-    $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU, ${threads === 1 ? "1 thread" : `${threads} threads`}`;
+    $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU, ${threads} thread${threads > 1 ? "s" : ""}`;
     enter("ready");
   },
   text({ text, speed, first }) {
