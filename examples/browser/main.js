@@ -21,7 +21,7 @@ const ON = {
   ready({ bytes, device, threads }) {
     $("progress").hidden = true;
     $("size").textContent = megabytes(bytes);
-    $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU, ${threads} thread${threads > 1 ? "s" : ""}`;
+    $("device").textContent = device === "webgpu" ? "WebGPU" : `CPU \u00d7 ${threads}`;
     enter("ready");
   },
   text({ text, speed, first }) {
