@@ -66,17 +66,21 @@ class Label:
         }
 
     def sentences(self, bits: int, block_size: int, *, zero_points: bool) -> str:
-        """The doc string of the node, for a person who never heard of the properties."""
-        return (
-            f"Weight of {bits} bits, in blocks of {block_size} along K {'with' if zero_points else 'without'} zero "
-            f"points. {self._scale()} ||X E|| / ||X W|| = {self.error:.3g}; plain rounding {self.plain_error:.3g}."
+        """The doc string of the node, for a person who never heard of the properties. In lines: Netron breaks none."""
+        zeros = "with zero points" if zero_points else "without zero points"
+        return "\n".join(
+            (
+                f"{bits}-bit weight, in blocks of {block_size} along K {zeros}.",
+                *self._scale(),
+                f"||X E|| / ||X W|| = {self.error:.3g}; plain rounding {self.plain_error:.3g}.",
+            )
         )
 
-    def _scale(self) -> str:
+    def _scale(self) -> tuple[str, ...]:
         if self.alpha == 0:
-            return "Its input is not scaled."
+            return ("Its input is not scaled.",)
         scale = SCALES[self.scale_from].format(alpha=self.alpha, rest=1 - self.alpha)
-        return f"Its input is divided by s = {scale}, its weight times s; s is folded into {self.folded_into}."
+        return ("Input divided by s, weight times s; s is folded into", f"{self.folded_into},", f"s = {scale}.")
 
 
 def divided(readers: Sequence[str]) -> dict[str, str]:

@@ -23,14 +23,17 @@ def test_what_is_no_label_is_none() -> None:
 
 def test_the_sentences_tell_format_scale_and_error() -> None:
     assert FOLDED.sentences(4, 32, zero_points=True) == (
-        "Weight of 4 bits, in blocks of 32 along K with zero points. Its input is divided by s = mean|x|^0.45, its "
-        "weight times s; s is folded into /norm/Mul. ||X E|| / ||X W|| = 0.0412; plain rounding 0.0721."
+        "4-bit weight, in blocks of 32 along K with zero points.\n"
+        "Input divided by s, weight times s; s is folded into\n"
+        "/norm/Mul,\n"
+        "s = mean|x|^0.45.\n"
+        "||X E|| / ||X W|| = 0.0412; plain rounding 0.0721."
     )
 
 
 def test_a_layer_without_a_scale_says_so() -> None:
-    assert "Its input is not scaled. " in REFUSED.sentences(8, 128, zero_points=False)
-    assert REFUSED.sentences(8, 128, zero_points=False).startswith("Weight of 8 bits, in blocks of 128 along K without")
+    assert "\nIts input is not scaled.\n" in REFUSED.sentences(8, 128, zero_points=False)
+    assert REFUSED.sentences(8, 128, zero_points=False).startswith("8-bit weight, in blocks of 128 along K without")
 
 
 @pytest.mark.parametrize(
@@ -39,4 +42,4 @@ def test_a_layer_without_a_scale_says_so() -> None:
 )
 def test_the_formula_of_the_scale_is_written_out(formula: str, scale: str) -> None:
     label = Label(0.25, formula, "/v", None, 0.1, 0.2)
-    assert f"s = {scale}," in label.sentences(4, 32, zero_points=True)
+    assert f"s = {scale}." in label.sentences(4, 32, zero_points=True)

@@ -236,7 +236,7 @@ def test_a_matmulnbits_without_a_doc_string_gets_one(tmp_path: Path) -> None:
     rows = {one.name: one for one in report.matmuls}
     for node in quantized_nodes(output):
         row = rows[node.name]
-        assert node.doc_string.startswith("Weight of 4 bits, in blocks of 32 along K with zero points. ")
+        assert node.doc_string.startswith("4-bit weight, in blocks of 32 along K with zero points.\n")
         assert f"mean|x|^{row.alpha:g}" in node.doc_string if row.alpha else "not scaled" in node.doc_string
         assert f"plain rounding {row.plain_error:.3g}." in node.doc_string
 

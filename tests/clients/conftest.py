@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
+from trained import trained
+from web import write_web_folder
+
+import awq_onnx
+from awq_onnx import Recipe
 
 TABLE = "AWQ_ONNX_CLIENTS_TABLE"  # in the environment: the page to write
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"  # in the page, around the table
@@ -36,6 +42,31 @@ def row(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     """Called at the end of a test, with what is to stand in the table."""
     rows = request.config.stash.setdefault(ROWS, [])
     return rows.append
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The original in float32, in its folder."""
+    return trained("smollm2.py")
+
+
+@pytest.fixture(scope="session")
+def int4_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2 in 4 bits, its weights in a file of their own. Little calibration does for clients."""
+    output = tmp_path_factory.mktemp("int4") / "model_int4.onnx"
+    awq_onnx.quantize(smollm2, output, Recipe(quality="fast", samples=4, sequence_length=32))
+    yield output
+    for path in output.parent.iterdir():  # pytest keeps folders of several runs, and this one is large
+        path.unlink()
+
+
+@pytest.fixture(scope="session")
+def web_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with SmolLM2 in 4 bits as transformers.js wants it."""
+    folder = tmp_path_factory.mktemp("web") / "smollm2"
+    write_web_folder(smollm2, folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

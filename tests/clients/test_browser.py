@@ -1,0 +1,120 @@
+"""The page of examples/browser, in a real browser: onnxruntime-web writes with a model of ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.message import Message
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import npm
+import pytest
+from chromium import browse
+from conftest import Row
+from trained import NEW_TOKENS, PROMPT, ROOT, greedy_text
+from web import MODEL
+
+EXAMPLE = ROOT / "examples" / "browser"
+PAGE = Path(__file__).with_name("page.cjs")
+SERVE = runpy.run_path(str(EXAMPLE / "serve.py"))["server"]
+REFERENCE = re.compile(r'(?:(?:src=|href=|Worker\()"(?!data:)|"(?=\./))([^"]+)"')  # in HTML and in JavaScript
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "runs_on"),
+    [("none", NEW_TOKENS, "CPU"), ("software", 3, "WebGPU")],
+    ids=["WebAssembly", "WebGPU"],
+)
+def test_the_page_writes_the_sentence_of_plain_onnxruntime(
+    gpu: str, tokens: int, runs_on: str, web_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
+) -> None:
+    with served(web_smollm2, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
+        shown = browse(PAGE, gpu, url, PROMPT, tokens, tmp_path)
+    assert not shown["problems"]
+    assert shown["written"] == greedy_text(web_smollm2 / MODEL, web_smollm2, tokens)
+    assert shown["device"].startswith(runs_on)
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    how = {"CPU": "WebAssembly", "WebGPU": "WebGPU on a GPU in software"}[runs_on]
+    row(
+        Row(
+            client="onnxruntime-web",
+            version=npm.version(npm.ORT_WEB),
+            model="SmolLM2-135M",
+            ran=f"examples/browser in headless Chromium, {how}",
+            result=f"the greedy text of plain onnxruntime, {tokens} tokens",
+        )
+    )
+
+
+@pytest.mark.clients
+def test_the_page_says_which_file_is_missing(tmp_path: Path) -> None:
+    with served(tmp_path, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
+        shown = browse(PAGE, "none", url, PROMPT, 1)
+    assert shown["problem"] == "model/tokenizer.json: 404 File not found"
+
+
+def test_the_page_takes_files_of_its_own_folder_and_of_its_packages_alone() -> None:
+    needed = json.loads((EXAMPLE / "package.json").read_text())["dependencies"]
+    named = [
+        one
+        for page in ("index.html", "main.js", "worker.js")
+        for one in REFERENCE.findall((EXAMPLE / page).read_text())
+    ]
+    packaged = [one for one in named if any(one.startswith(f"./node_modules/{name}/") for name in needed)]
+    assert len(packaged) == 3
+    assert sorted(set(named) - set(packaged)) == ["main.js", "style.css", "worker.js"]
+    assert "//" not in (EXAMPLE / "style.css").read_text()
+
+
+def test_the_page_needs_the_packages_that_are_tested() -> None:
+    needed = json.loads((EXAMPLE / "package.json").read_text())["dependencies"]
+    assert sorted(f"{name}@{version}" for name, version in needed.items()) == [npm.TOKENIZERS, npm.ORT_WEB]
+
+
+def test_the_server_lets_the_page_use_threads(tmp_path: Path) -> None:
+    (tmp_path / "ort.mjs").write_text("")
+    (tmp_path / "ort.wasm").write_bytes(b"")
+    with served(tmp_path, tmp_path) as url:
+        page, script, binary = (opened(url + path) for path in ("", "node_modules/ort.mjs", "model/ort.wasm"))
+    assert page["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert page["Cross-Origin-Embedder-Policy"] == "require-corp"
+    assert script["Content-Type"] == "text/javascript"
+    assert binary["Content-Type"] == "application/wasm"
+
+
+@pytest.mark.parametrize("path", ["model/../secret", "model/%2e%2e/secret", "../secret", "model//../../secret"])
+def test_the_server_gives_nothing_outside_its_folders(tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model").mkdir()
+    with served(tmp_path / "model", tmp_path / "model") as url:
+        connection = HTTPConnection(urlsplit(url).netloc)
+        connection.request("GET", "/" + path)
+        assert connection.getresponse().status == 404
+        connection.close()
+
+
+@contextmanager
+def served(model: Path, modules: Path) -> Iterator[str]:
+    """The address of the page, beside a folder with a model."""
+    with SERVE(model, modules) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def opened(url: str) -> Message:
+    with urlopen(url) as response:
+        headers: Message = response.headers
+    return headers
