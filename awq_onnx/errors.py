@@ -7,6 +7,7 @@
     │   ├── AlreadyQuantizedError   3   its weights are 4-bit or 8-bit already
     │   ├── NothingToQuantizeError  3   it has no MatMul that could be quantised
     │   └── WeightError             3   a weight holds NaN or Inf
+    ├── ReportFileError             3   what a page is to be made of is no report, and no model of awq-onnx
     ├── OutputError                 4   the output exists, is the input, or cannot be written
     ├── CalibrationError            5   the calibration data do not fit the model
     ├── MissingPackageError         6   an optional package is needed
@@ -29,6 +30,7 @@ __all__ = [
     "NothingToQuantizeError",
     "OutputError",
     "RecipeError",
+    "ReportFileError",
     "RuntimeFailedError",
     "WeightError",
 ]
@@ -62,6 +64,10 @@ class NothingToQuantizeError(ModelError):
 
 class WeightError(ModelError):
     pass
+
+
+class ReportFileError(AwqOnnxError):
+    exit_code = 3
 
 
 class OutputError(AwqOnnxError):

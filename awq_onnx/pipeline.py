@@ -25,9 +25,10 @@ from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
+from awq_onnx.footprint import footprint_of
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.job import Job, Traced
-from awq_onnx.machine import Machine, size_text
+from awq_onnx.machine import CPU, Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
 from awq_onnx.partwise import Outputs, Partwise
@@ -46,6 +47,7 @@ from awq_onnx.recipe import Recipe, parse_override
 from awq_onnx.report import Report
 from awq_onnx.store import ModelSource, OpenedModel, open_model
 from awq_onnx.tables import TableResult
+from awq_onnx.versions import versions
 
 CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
 SCALE_BYTES = 9  # of a block: its scale twice, its zero point
@@ -99,6 +101,7 @@ def quantize(
                 results, expected = _search(job, plan, traced, outputs, calibration_data)
             with meter.stage("write"):
                 packed_tables = _packed_tables(job, plan)
+                footprint_before = footprint_of(opened.model, opened.size_bytes)
                 finished = _write(job, results, packed_tables)
             with meter.stage("measure"):
                 comparison = _measure(job, finished, outputs, expected, calibration_data)
@@ -109,18 +112,30 @@ def quantize(
             recipe=recipe,
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
+            groups=tuple(report.group_report(one, recipe) for one in results),
             tables=tuple(map(report.table_report, packed_tables)),
             kept=plan.kept,
             notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes)),
             scaled_caches=_scaled_caches(results),
             size_before_bytes=opened.size_bytes,
             size_after_bytes=size_after_bytes,
+            footprint_before=footprint_before,
+            footprint_after=footprint_of(opened.model, size_after_bytes),
             comparison=comparison,
             total_seconds=meter.total_seconds,
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_private_bytes,
             resident_memory_bytes=meter.peak_resident_bytes,
+            given=_given(calibration, tokenizer, machine),
+            versions=versions(),
         )
+
+
+def _given(calibration: Calibration, tokenizer: str | os.PathLike[str] | None, machine: Machine) -> dict[str, str]:
+    """What the command would be given beside the recipe, by option, and no default of it."""
+    files = {"calibration": calibration, "tokenizer": tokenizer}
+    given = {name: os.fspath(one) for name, one in files.items() if isinstance(one, str | os.PathLike)}
+    return given if machine.device == CPU else given | {"device": machine.device}
 
 
 @dataclass(frozen=True)

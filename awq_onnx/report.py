@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,16 @@ import numpy as np
 
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
+from awq_onnx.errors import ReportFileError
+from awq_onnx.footprint import Footprint
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import size_text
+from awq_onnx.methods import candidates_of
 from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, WHOLE_COLUMN, Recipe
+from awq_onnx.plain import built, plain
+from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, WHOLE_COLUMN, Recipe, option
+from awq_onnx.salience import Salience
 from awq_onnx.tables import TableResult
 
 
@@ -61,10 +67,28 @@ class TableReport:
 
 
 @dataclass(frozen=True)
+class GroupReport:
+    """Layers whose inputs share one scale, made of `scale_from` to the power of `alpha`.
+
+    matmuls: their names. losses: about what plain rounding loses at each of `alphas`, in squares of the layers'
+    outputs, None where that was not tried; both are empty where no scale was searched. salience: of the channels of
+    their inputs, None where calibration did not run them.
+    """
+
+    matmuls: tuple[str, ...]
+    alpha: float
+    scale_from: str
+    alphas: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    salience: Salience | None
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of `quantize`. Sizes in bytes, times in seconds; memory is None where it cannot be measured.
 
-    peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both.
+    peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both. given:
+    what the command was given beside the recipe, by option. versions: of what computed, by package.
     """
 
     model: str
@@ -73,31 +97,45 @@ class Report:
     calibration: str
     matmuls: tuple[MatMulReport, ...]
     tables: tuple[TableReport, ...]
+    groups: tuple[GroupReport, ...]
     kept: tuple[Refusal, ...]
     notes: tuple[str, ...]
     scaled_caches: int
     size_before_bytes: int
     size_after_bytes: int
+    footprint_before: Footprint
+    footprint_after: Footprint
     comparison: Comparison
     total_seconds: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
+    given: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values["recipe"] = self.recipe.to_dict()
-        values["matmuls"] = [vars(one) for one in self.matmuls]
-        values["tables"] = [vars(one) for one in self.tables]
-        values["kept"] = [vars(one) for one in self.kept]
-        values["comparison"] = self.comparison.to_dict()
-        values["seconds"] = dict(self.seconds)
+        """Everything, as plain values for JSON; None for what is no finite number."""
+        values: dict[str, Any] = plain(self)
         return values
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        """Lists of numbers in one line each."""
+        return _NUMBERS.sub(_in_one_line, json.dumps(self.to_dict(), indent=2, allow_nan=False))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote. Raises ReportFileError where it is none."""
+        try:
+            report: Report = built(cls, json.loads(text), "the report")
+        except (ValueError, RecursionError) as error:
+            raise ReportFileError(f"this is no report that awq-onnx --json printed: {error}") from error
+        return report
+
+    def command(self) -> list[str]:
+        """The words of the command that does the same again."""
+        given = [word for name, value in self.given.items() for word in option(name, value)]
+        return ["awq-onnx", self.model, "-o", self.output, *given, *self.recipe.arguments()]
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""
@@ -132,9 +170,27 @@ class Report:
         return rows
 
 
+_NUMBERS = re.compile(r"\[\n\s+([^][{}\"]+)\n\s+\]")  # a string holds no line break
+
+
+def _in_one_line(numbers: re.Match[str]) -> str:
+    return f"[{' '.join(numbers[1].split())}]"
+
+
 def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     """A row for each MatMul, in graph order."""
     return tuple(matmul_report(result, site) for result in results for site in result.sites)
+
+
+def group_report(result: GroupResult, recipe: Recipe) -> GroupReport:
+    return GroupReport(
+        matmuls=tuple(site.site.name for site in result.sites),
+        alpha=result.alpha,
+        scale_from=result.formula,
+        alphas=candidates_of(recipe).alphas if result.losses else (),
+        losses=result.losses,
+        salience=result.salience,
+    )
 
 
 def table_report(result: TableResult) -> TableReport:
