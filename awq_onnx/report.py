@@ -144,7 +144,7 @@ class Report:
                 "Output",
                 f"{self.output}, {size_text(self.size_after_bytes)} (original {size_text(self.size_before_bytes)})",
             ),
-            ("Quantised", _formats(self.matmuls, self.recipe)),
+            ("Quantised", formats(self.matmuls, self.recipe)),
             *(("", f"{one.name} to {one.bits} bits, block size {one.block_size}") for one in self.tables),
             ("Scales", _scales(self.matmuls, self.recipe)),
         ]
@@ -163,7 +163,7 @@ class Report:
             )
         rows += [
             ("Calibration", self.calibration),
-            ("Layer error", f"{_layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
+            ("Layer error", f"{layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
             ("Output error", _output_error(self.comparison)),
             ("Cost", f"{self.total_seconds:{'.1f' if self.total_seconds < 10 else '.0f'}} s{_memory(self)}"),
         ]
@@ -276,7 +276,7 @@ def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
+def layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
     ratios = [one.error / one.plain_error for one in matmuls if one.plain_error > 0 and one.error > 0]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
@@ -295,7 +295,7 @@ def _output_error(comparison: Comparison) -> str:
     )
 
 
-def _formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
+def formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
     """210 MatMuls to 4 bits, 1 to 8 bits, block size 32, with zero points, accuracy level 4."""
     first, *others = Counter(one.bits for one in matmuls).most_common()
     counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from awq_onnx import page
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
 from awq_onnx.cli.options import PROG, Parser, add_choice, add_number, size
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a summary")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page of HTML about the run, to be read offline"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--version", action="version", version=f"awq-onnx {__version__}")
 
@@ -108,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = _recipe(arguments)
+    if arguments.report is not None:
+        page.check(arguments.report, overwrite=arguments.force, beside=_files(arguments))
     from rich.console import Console
 
     from awq_onnx.pipeline import quantize
@@ -124,6 +130,10 @@ def run(arguments: argparse.Namespace) -> int:
             progress=display,
         )
     print(report.to_json() if arguments.json else two_columns(report.rows()))
+    if arguments.report is not None:
+        from awq_onnx.page.content import Content
+
+        page.write(arguments.report, Content.of(report))
     return 0
 
 
@@ -138,6 +148,11 @@ def _output(arguments: argparse.Namespace) -> Path:
     given: Path | None = arguments.output
     model: Path = arguments.model
     return given or model.with_name(f"{model.stem}_int4.onnx")
+
+
+def _files(arguments: argparse.Namespace) -> list[Path]:
+    """What the command reads and writes, as far as its arguments name it."""
+    return [one for one in (arguments.model, _output(arguments), arguments.calibration) if one is not None]
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
