@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe = _recipe(arguments)
+    recipe = recipe_of(arguments)
     if arguments.report is not None:
         page.check(arguments.report, overwrite=arguments.force, beside=_files(arguments))
     from rich.console import Console
@@ -162,7 +162,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
         raise RecipeError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What the arguments say. Raises RecipeError, in the words of the command line."""
     try:
         settings: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
         repeated = {name: tuple(settings[name]) for name in ("include", "exclude", "override")}

@@ -24,7 +24,12 @@ def html_of(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": summary.percent, "filename": _filename, "setting": _setting}
+    environment.filters |= {
+        "percent": summary.percent,
+        "megabytes": summary.megabytes,
+        "filename": _filename,
+        "setting": _setting,
+    }
     data = data_of(content)
     return environment.get_template(TEMPLATE).render(
         content=content,

@@ -41,7 +41,8 @@ if (select) {
   document.getElementById("previous").addEventListener("click", () => step(-1));
   document.getElementById("next").addEventListener("click", () => step(1));
   views.overview?.addSignalListener("pick", (_, picked) => picked.id && show(picked.id[0]));
-  show(0);
+  const loudest = (data.overview ?? []).reduce((most, one) => (most?.before >= one.before ? most : one), undefined);
+  show(loudest?.id ?? 0);
 }
 
 // Charts are as wide as their place, on paper too.

@@ -68,6 +68,10 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 
+def megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.{1 if size_bytes >= 1e5 else 3}f}" if size_bytes else "–"
+
+
 def _figures(content: Content) -> list[Figure]:
     before, after = content.size_before_bytes, content.size_after_bytes
     smaller = f"{before / after:.1f} times smaller than {size_text(before)}" if before else "graph and data file"
