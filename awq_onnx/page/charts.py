@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-FEW_BITS, PLAIN = "var(--ours)", "var(--plain)"
+OURS, PLAIN = "var(--ours)", "var(--plain)"
 HEIGHT, BARS_HEIGHT = 260, 76
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'DejaVu Sans', sans-serif"  # as in the style sheet
 FEW = 5  # ticks of an axis, about
@@ -42,15 +42,8 @@ def specifications() -> dict[str, dict[str, Any]]:
 
 def overview() -> Any:
     """How far the loudest channel of each group stands out; a click chooses the group."""
-    base = alt.Chart(alt.NamedData("overview")).encode(
-        x=alt.X(
-            "id:Q",
-            title="groups of layers, in the order of the graph",
-            axis=alt.Axis(tickMinStep=1, grid=False),
-            scale=alt.Scale(nice=False),
-        )
-    )
-    pick = alt.selection_point(name="pick", fields=["id"], on="click", nearest=True, empty=False)
+    base = alt.Chart(alt.NamedData("overview")).encode(x=_in_order("groups of layers"))
+    pick = alt.selection_point(name="pick", fields=["id"], on="click", empty=False)
     points = base.transform_fold(["before", "after"], as_=["when", "peak"]).mark_circle(size=42, opacity=1)
     return alt.layer(
         base.mark_rule(color="var(--line)").encode(y=alt.Y("before:Q").scale(type="log"), y2="after:Q"),
@@ -58,13 +51,17 @@ def overview() -> Any:
         points.encode(
             y=alt.Y("peak:Q", title="loudest channel / median", axis=_decades("~s")).scale(type="log"),
             color=_two("when", before="before scaling", after="after"),
+        ),
+        base.mark_rule(strokeWidth=8, opacity=0)  # what can be pointed at, over the whole height
+        .encode(
             tooltip=[
                 alt.Tooltip("label:N", title="layers"),
-                alt.Tooltip("before:Q", format=".3~s", title="before"),
-                alt.Tooltip("after:Q", format=".3~s", title="after"),
+                alt.Tooltip("before:Q", format=".3~s"),
+                alt.Tooltip("after:Q", format=".3~s"),
                 alt.Tooltip("alpha:Q", format=".2f"),
-            ],
-        ).add_params(pick),
+            ]
+        )
+        .add_params(pick),
     ).add_params(_group())
 
 
@@ -114,24 +111,17 @@ def losses() -> Any:
         base.transform_filter("abs(datum.alpha - datum.chosen) < 1e-6")
         .mark_circle(size=18, opacity=0.8, color=PLAIN)
         .encode(tooltip=tooltip),
-        chosen.mark_line(strokeWidth=2, color=FEW_BITS),
-        chosen.mark_circle(size=40, opacity=1, color=FEW_BITS),
+        chosen.mark_line(strokeWidth=2, color=OURS),
+        chosen.mark_circle(size=40, opacity=1, color=OURS),
         chosen.transform_filter("abs(datum.alpha - datum.chosen) < 1e-6").mark_point(
-            size=160, strokeWidth=2, color=FEW_BITS
+            size=160, strokeWidth=2, color=OURS
         ),
     ).add_params(_group())
 
 
 def errors() -> Any:
     """||X E|| / ||X W|| of every layer: plain rounding, and ours."""
-    base = alt.Chart(alt.NamedData("errors")).encode(
-        x=alt.X(
-            "id:Q",
-            title="layers, in the order of the graph",
-            axis=alt.Axis(tickMinStep=1, grid=False),
-            scale=alt.Scale(nice=False),
-        )
-    )
+    base = alt.Chart(alt.NamedData("errors")).encode(x=_in_order("layers"))
     points = base.transform_fold(["plain", "ours"], as_=["which", "error"]).mark_circle(size=30, opacity=1)
     return alt.layer(
         base.mark_rule(color="var(--line)").encode(y="plain:Q", y2="ours:Q"),
@@ -165,11 +155,17 @@ def footprint() -> Any:
     )
 
 
+def _in_order(what: str) -> alt.X:
+    axis = alt.Axis(tickMinStep=1, grid=False)
+    return alt.X("id:Q", title=f"{what}, in the order of the graph", axis=axis, scale=alt.Scale(nice=False))
+
+
 def _decades(form: str) -> alt.Axis:
-    """A logarithmic axis with lines at 0.1, 1, 10 alone."""
+    """A logarithmic axis with lines and labels at 0.1, 1, 10 alone."""
     whole = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6"
+    shown = f"{whole} ? datum.label : ''"
     colour = {"condition": {"test": whole, "value": "var(--faint)"}, "value": "transparent"}
-    return alt.Axis(tickCount=FEW, format=form, gridColor=colour, tickColor=colour)
+    return alt.Axis(tickCount=FEW, format=form, labelExpr=shown, gridColor=colour, tickColor=colour)
 
 
 def _group() -> alt.Parameter:
@@ -180,7 +176,7 @@ def _two(field: str, **named: str) -> alt.Color:
     """Plain grey for the first of two series, the accent for the second. named: what each value is called."""
     labels = " : ".join(f"datum.value == '{value}' ? '{name}'" for value, name in named.items()) + " : ''"
     legend = alt.Legend(title=None, orient="top", labelExpr=labels, symbolType="circle", symbolSize=60)
-    return alt.Color(f"{field}:N", legend=legend, scale=alt.Scale(domain=list(named), range=[PLAIN, FEW_BITS]))
+    return alt.Color(f"{field}:N", legend=legend, scale=alt.Scale(domain=list(named), range=[PLAIN, OURS]))
 
 
 def _styled(chart: Any, height: int) -> Any:

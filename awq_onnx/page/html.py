@@ -7,6 +7,7 @@ from functools import cache
 
 import jinja2
 import vl_convert
+from markupsafe import Markup
 
 from awq_onnx.page import charts, summary
 from awq_onnx.page.content import Content
@@ -28,6 +29,7 @@ def html_of(content: Content) -> str:
         "percent": summary.percent,
         "megabytes": summary.megabytes,
         "filename": _filename,
+        "breakable": _breakable,
         "setting": _setting,
     }
     data = data_of(content)
@@ -44,6 +46,11 @@ def html_of(content: Content) -> str:
 
 def _filename(path: str) -> str:
     return re.split(r"[/\\\\]", path)[-1]
+
+
+def _breakable(name: str) -> Markup:
+    """A name that a line may end in, after a slash or a dot."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/.])", name))  # which escapes the parts
 
 
 def _setting(value: object) -> str:

@@ -21,16 +21,16 @@ function show(id) {
   const bins = document.getElementById("bins");
   if (!bins) return;
   bins.textContent = group.width > 1 ? `; the largest of ${group.width} neighbours each` : "";
-  const cells = (one) => [one.index, one.activation, one.scale, one.activation / one.scale];
-  document.getElementById("loudest").replaceChildren(...group.loudest.map((one) => row(cells(one))));
+  const shown = ({ activation, scale }) => [activation, scale, activation / scale].map((number) => number.toPrecision(3));
+  document.getElementById("loudest").replaceChildren(...group.loudest.map((one) => row([one.index, ...shown(one)])));
 }
 
-function row(numbers) {
+function row(cells) {
   const tr = document.createElement("tr");
-  for (const number of numbers) {
+  for (const cell of cells) {
     const td = tr.insertCell();
     td.className = "n";
-    td.textContent = Number.isInteger(number) ? number : number.toPrecision(3);
+    td.textContent = cell;
   }
   return tr;
 }

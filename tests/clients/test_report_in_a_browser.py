@@ -14,6 +14,7 @@ from clients.conftest import Row  # type: ignore[import-not-found]
 import awq_onnx
 from awq_onnx import Recipe, Report, page
 from awq_onnx.page.content import Content
+from awq_onnx.page.data import label
 from awq_onnx.page.model import content_of
 
 pytestmark = [pytest.mark.clients, pytest.mark.skipif(chromium() is None, reason="there is no Chromium")]
@@ -62,15 +63,20 @@ def test_the_reader_chooses_the_group_of_layers(tmp_path: Path, report: Report, 
     assert browser.complaints == []
 
 
-def test_a_click_on_the_overview_chooses_too(tmp_path: Path, report: Report, browser: Tab) -> None:
+def test_the_overview_tells_what_is_pointed_at_and_a_click_chooses_it(
+    tmp_path: Path, report: Report, browser: Tab
+) -> None:
     page.write(tmp_path / "report.html", Content.of(report))
     browser.open(tmp_path / "report.html", WIDE, height=1200)
-    mark = "document.querySelectorAll('#chart-overview .mark-symbol.role-mark path')[4]"
-    at = browser.evaluate(f"(r => ({{x: r.x + r.width / 2, y: r.y + r.height / 2}}))({mark}.getBoundingClientRect())")
-    before = browser.evaluate("document.getElementById('group').value")
+    place = "document.querySelector('#chart-overview .mark-symbol.role-mark path:nth-child(3)').getBoundingClientRect()"
+    at = browser.evaluate(f"(r => ({{x: r.x + r.width / 2, y: r.y + r.height / 2}}))({place})")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
+    browser.wait("document.getElementById('vg-tooltip-element')?.classList.contains('visible')")
+    told = browser.evaluate("document.getElementById('vg-tooltip-element').textContent")
+    assert told.startswith(f"layers{label(report.groups[1].matmuls)}")
     for kind in ("mousePressed", "mouseReleased"):
         browser.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
-    browser.wait(f"document.getElementById('group').value !== '{before}'")
+    browser.wait("document.getElementById('group').value === '1'")
 
 
 def test_the_page_of_a_model_file_draws(

@@ -27,6 +27,7 @@ EVIL = '</script><img src=x onerror="alert(1)">&\'"{{ 7 * 7 }}'
 
 def text_of(html: str) -> str:
     """What a reader sees, tables and lists included, spaces made one."""
+    html = html.replace("<wbr>", "")
     body = re.sub(r"<(script|style).*?</\1>", " ", html, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
