@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from awq_onnx.passes.bodies import all_nodes, branch_outputs
 from awq_onnx.passes.constants import constant
-from awq_onnx.passes.facts import Facts, facts_of
+from awq_onnx.passes.facts import Facts
 from awq_onnx.passes.sites import Site, find_site, is_token, makes_logits
 
 CODES, SCALES, ZERO_POINTS, LAYERS, LM_HEAD, EMBEDDING = (
@@ -42,10 +42,8 @@ class Footprint:
 
 def footprint_of(model: ir.Model, size_bytes: int) -> Footprint:
     """size_bytes: of all files of the model."""
-    nodes, facts = list(all_nodes(model.graph)), facts_of(model)
-    kinds: dict[ir.Value, str] = {}
-    for value in _tables(nodes):
-        kinds.setdefault(value, EMBEDDING)
+    nodes, facts = list(all_nodes(model.graph)), Facts(model.graph.opset_imports, {})  # no shape is asked for
+    kinds = dict.fromkeys(_tables(nodes), EMBEDDING)
     heads = _Heads(model.graph, kinds)
     for node in nodes:
         for value, kind in _weights(node, facts, heads):

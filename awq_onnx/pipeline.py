@@ -107,12 +107,12 @@ def quantize(
                 comparison = _measure(job, finished, outputs, expected, calibration_data)
             size_after_bytes = files.publish()
         return Report(
-            model=str(opened.path or "a model in memory"),
+            model=str(opened.path or report.IN_MEMORY),
             output=str(files.output),
             recipe=recipe,
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
-            groups=tuple(report.group_report(one, recipe) for one in results),
+            groups=report.group_reports(results, recipe),
             tables=tuple(map(report.table_report, packed_tables)),
             kept=plan.kept,
             notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -42,8 +43,11 @@ def built(kind: Any, value: Any, what: str = "it") -> Any:
     return value
 
 
+_hints = cache(get_type_hints)
+
+
 def _built_dataclass(kind: Any, values: Mapping[str, Any], what: str) -> Any:
-    hints, known = get_type_hints(kind), {one.name: one for one in fields(kind)}
+    hints, known = _hints(kind), {one.name: one for one in fields(kind)}
     strange = [name for name in values if name not in known]
     needed = [name for name, one in known.items() if one.default is one.default_factory is MISSING]
     missing = [name for name in needed if name not in values]

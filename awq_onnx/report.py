@@ -22,8 +22,10 @@ from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.plain import built, plain
 from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, WHOLE_COLUMN, Recipe, option
-from awq_onnx.salience import Salience
+from awq_onnx.salience import BINS, Salience
 from awq_onnx.tables import TableResult
+
+IN_MEMORY = "a model in memory"  # the name of one that came from no file
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Report:
         return rows
 
 
+BINS_IN_ALL, LEAST_BINS = 1 << 15, 16  # of channels of all groups; of one
 _NUMBERS = re.compile(r"\[\n\s+([^][{}\"]+)\n\s+\]")  # a string holds no line break
 
 
@@ -182,14 +185,20 @@ def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     return tuple(matmul_report(result, site) for result in results for site in result.sites)
 
 
-def group_report(result: GroupResult, recipe: Recipe) -> GroupReport:
+def group_reports(results: Sequence[GroupResult], recipe: Recipe) -> tuple[GroupReport, ...]:
+    """In graph order; where there are many, each with fewer bins of channels."""
+    bins = max(LEAST_BINS, BINS_IN_ALL // len(results)) if results else BINS
+    return tuple(_group_report(result, recipe, bins) for result in results)
+
+
+def _group_report(result: GroupResult, recipe: Recipe, bins: int) -> GroupReport:
     return GroupReport(
         matmuls=tuple(site.site.name for site in result.sites),
         alpha=result.alpha,
         scale_from=result.formula,
         alphas=candidates_of(recipe).alphas if result.losses else (),
         losses=result.losses,
-        salience=result.salience,
+        salience=result.salience and result.salience.coarser(bins),
     )
 
 

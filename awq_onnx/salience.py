@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,12 @@ class Salience:
             median_after=_short(np.median(scaled)),
             loudest=tuple(Channel(at, _short(act_mean[at]), _short(scale[at])) for at in loudest),
         )
+
+    def coarser(self, bins: int) -> Salience:
+        """The same in at most so many bins."""
+        together = -(-len(self.before) // bins)
+        before, after = (_peaks(np.array(one, np.float32), together) for one in (self.before, self.after))
+        return replace(self, width=self.width * together, before=before, after=after)
 
 
 def _peaks(values: Float32, width: int) -> tuple[float, ...]:

@@ -38,3 +38,12 @@ def test_the_loudest_channels_come_first_with_their_scales() -> None:
 def test_a_channel_that_carries_nothing_is_nothing() -> None:
     salience = Salience.of(np.zeros(5, np.float32), np.ones(5, np.float32))
     assert salience.before == salience.after == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("bins", [1, 16, 100, 512])
+def test_a_coarser_one_has_the_peaks_of_the_channels_too(bins: int) -> None:
+    mean, scale = made(1536)
+    coarse = Salience.of(mean, scale).coarser(bins)
+    assert len(coarse.before) == len(coarse.after) == -(-1536 // coarse.width) <= bins
+    for at, before in enumerate(coarse.before):
+        assert before == pytest.approx(mean[at * coarse.width : (at + 1) * coarse.width].max(), rel=1e-3)

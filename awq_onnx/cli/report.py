@@ -18,6 +18,8 @@ EPILOG = """\
 examples:
   awq-onnx model.onnx --json > model.json; awq-onnx report model.json       all that the run knew
   awq-onnx report model_int4.onnx -o report.html                            what the model tells of itself
+
+exit codes: those of awq-onnx --help; 3 also where SOURCE cannot be made a page of
 """
 
 

@@ -38,7 +38,7 @@ class Kind:
 class Summary:
     """figures: the header. formats: what the layers are quantised to. kinds: where the bytes went. worst: the layers
     with the largest error, that first. left, unscaled: a reason each, with the names that it holds for; left None
-    where that is not known.
+    where that is not known. searched: whether scales were.
     """
 
     figures: tuple[Figure, ...]
@@ -47,6 +47,7 @@ class Summary:
     worst: tuple[MatMulReport, ...]
     left: dict[str, list[str]] | None
     unscaled: dict[str, list[str]]
+    searched: bool
 
 
 def summary_of(content: Content) -> Summary:
@@ -60,6 +61,7 @@ def summary_of(content: Content) -> Summary:
         worst=tuple(sorted(content.matmuls, key=lambda one: -one.error)[:WORST]),
         left=None if kept is None else _by_reason((one.reason, one.what) for one in kept),
         unscaled=_by_reason(unscaled),
+        searched=searched,
     )
 
 
