@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from awq_onnx import page
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
 from awq_onnx.cli.options import PROG, Parser, add_choice, add_number, size
-from awq_onnx.errors import RecipeError
+from awq_onnx.errors import OutputError, RecipeError
 from awq_onnx.machine import CPU, DEVICES, Machine
 from awq_onnx.recipe import (
     ACCURACY_LEVELS,
@@ -23,6 +23,9 @@ from awq_onnx.recipe import (
     Recipe,
     help_of,
 )
+
+if TYPE_CHECKING:
+    from awq_onnx.report import Report
 
 EPILOG = """\
 examples:
@@ -131,10 +134,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(report.to_json() if arguments.json else two_columns(report.rows()))
     if arguments.report is not None:
-        from awq_onnx.page.content import Content
-
-        page.write(arguments.report, Content.of(report))
+        _write_page(arguments.report, report)
     return 0
+
+
+def _write_page(place: Path, report: Report) -> None:
+    from awq_onnx.page.content import Content
+
+    try:
+        page.write(place, Content.of(report))
+    except OutputError as error:
+        raise OutputError(f"{error}; the model {report.output} is finished all the same") from error
 
 
 def interrupted(arguments: argparse.Namespace) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from builders import save, tiny_decoder
 
-from awq_onnx import Report, pipeline
+from awq_onnx import Report, page, pipeline
 from awq_onnx.cli import main
+from awq_onnx.errors import OutputError
 
 QUICK = ("--samples", "2", "--sequence-length", "8", "--quiet")
 
@@ -55,6 +56,20 @@ def test_a_model_makes_a_page_too(report: Report, tmp_path: Path) -> None:
     assert exits("report", report.output, "-o", place) == 0
     assert report.matmuls[0].name in place.read_text(encoding="utf-8")
     assert exits("report", report.output, "-o", place, "--force") == 0
+
+
+def test_a_page_that_fails_at_the_end_costs_no_model(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("cannot write the report: No space left on device")
+
+    monkeypatch.setattr(page, "write", full)
+    assert exits(folder / "model.onnx", *QUICK, "--json", "--report", folder / "report.html") == 4
+    out, err = capfd.readouterr()
+    assert Report.from_json(out).output == str(folder / "model_int4.onnx")
+    assert err.endswith(f"No space left on device; the model {folder / 'model_int4.onnx'} is finished all the same\n")
+    assert names(folder) == ["model.onnx", "model_int4.onnx", "model_int4.onnx.data"]
 
 
 # Refused before any work is done
@@ -105,9 +120,9 @@ def test_a_page_never_takes_the_place_of_another_file_of_the_command(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """However these are called."""
-    page, model = folder / "page.html", folder / "model.html"
+    place, model = folder / "page.html", folder / "model.html"
     shutil.copy(folder / "model.onnx", model)
-    for arguments in ((model, "--report", model), (folder / "model.onnx", "-o", page, "--report", page)):
+    for arguments in ((model, "--report", model), (folder / "model.onnx", "-o", place, "--report", place)):
         assert exits(*arguments, "--force", *QUICK) == 4
         assert "has the name of another file of this command" in one_sentence(capfd)
 
