@@ -9,6 +9,7 @@
     │   ├── NothingToQuantizeError  3   it has no MatMul that could be quantised
     │   ├── WeightError             3   a weight holds NaN or Inf
     │   └── DifferentModelsError    3   two models that cannot be compared: other inputs, outputs or tokens
+    ├── ReportFileError             3   what a page is to be made of is no report, and no model of awq-onnx
     ├── OutputError                 4   the output exists, is the input, or cannot be written; a full disk
     ├── CalibrationError            5   the calibration data do not fit the model
     ├── MissingPackageError         6   an optional package is needed
@@ -32,6 +33,7 @@ __all__ = [
     "NothingToQuantizeError",
     "OutputError",
     "RecipeError",
+    "ReportFileError",
     "RuntimeFailedError",
     "TooFarError",
     "WeightError",
@@ -74,6 +76,10 @@ class WeightError(ModelError):
 
 class DifferentModelsError(ModelError):
     pass
+
+
+class ReportFileError(AwqOnnxError):
+    exit_code = 3
 
 
 class OutputError(AwqOnnxError):

@@ -22,10 +22,12 @@ from awq_onnx.output import OutputFiles
 from awq_onnx.passes import embedding
 from awq_onnx.passes.absorb import Absorber, Gain, Group
 from awq_onnx.passes.sites import Refusal, Site
+from awq_onnx.plain import built, plain
 from awq_onnx.recipe import UNSCALED, Recipe
 from awq_onnx.rounding import Rounded
+from awq_onnx.salience import Salience
 from awq_onnx.search import Reader, ScaleChoice, ScaleLimits
-from awq_onnx.statistics import InputStatistics
+from awq_onnx.statistics import InputStatistics, mean_of
 from awq_onnx.store import OpenedModel, describe, described
 from awq_onnx.threads import Spread, one_by_one
 
@@ -64,7 +66,8 @@ class GroupResult:
     formula, alpha: what the scale was made with, see `search.FORMULAS`. scale: float32 (K,), of the inputs. folded:
     where it went, or why it could go nowhere. divided: what to divide each absorber's channels by, float32 (channels,),
     one for each of `folded`. mul_loss: where nothing absorbs the scale, the loss with a Mul for it over the loss
-    without, None where that was not worth trying. multiplied: whether it is.
+    without, None where that was not worth trying. multiplied: whether it is. losses: see `search.ScaleChoice`, None
+    where an alpha was not tried. salience: of the inputs' channels, None where calibration did not run the group.
     """
 
     group: Group
@@ -74,6 +77,8 @@ class GroupResult:
     folded: tuple[Absorber, ...] | Refusal
     divided: tuple[Float32, ...]
     sites: tuple[SiteResult, ...]
+    losses: tuple[float | None, ...]
+    salience: Salience | None
     mul_loss: float | None = None
     multiplied: bool = False
 
@@ -82,7 +87,7 @@ class GroupResult:
 class Found:
     """What the search found for a group: a `GroupResult` before it is written.
 
-    layers: the sites of each weight. ran: whether calibration ran it.
+    layers: the sites of each weight. salience: None where calibration did not run it.
     """
 
     group: Group
@@ -92,7 +97,8 @@ class Found:
     layers: tuple[tuple[Site, ...], ...]
     formats: tuple[Format, ...]
     rounded: tuple[Rounded, ...]
-    ran: bool
+    losses: tuple[float, ...]
+    salience: Salience | None
     mul_loss: float | None
     multiplied: bool
 
@@ -170,8 +176,19 @@ def search_group(
             multiplied = recipe.allow_mul and mul_loss < WORTH_A_MUL
             scale, rounded = (divided_by, scaled) if multiplied else (scale, rounded)
     alpha = 0.0 if np.all(scale == 1) else choice.alpha
-    used = tuple(reader.fmt for reader in readers)
-    return Found(group, choice.formula, alpha, scale, layers, used, tuple(rounded), bool(seen), mul_loss, multiplied)
+    return Found(
+        group=group,
+        formula=choice.formula,
+        alpha=alpha,
+        scale=scale,
+        layers=layers,
+        formats=tuple(reader.fmt for reader in readers),
+        rounded=tuple(rounded),
+        losses=choice.losses,
+        salience=Salience.of(mean_of(list(seen.values())), scale) if seen else None,
+        mul_loss=mul_loss,
+        multiplied=multiplied,
+    )
 
 
 @dataclass(frozen=True)
@@ -267,7 +284,8 @@ def write_group(found: Found, files: OutputFiles, names: Mapping[Site, str], rec
         "formula": found.formula,
         "alpha": found.alpha,
         "scale": describe(files.keep("scale", found.scale)),
-        "ran": found.ran,
+        "losses": plain(found.losses),
+        "salience": plain(found.salience),
         "mul_loss": found.mul_loss,
         "multiplied": found.multiplied,
         "layers": layers,
@@ -289,7 +307,8 @@ def result_of(
 ) -> GroupResult:
     """What was written of a group. folder: where the files are."""
     scale = described(entry["scale"], folder).numpy()
-    folded = absorbers_of(group, channels, entry["ran"])
+    salience = built(Salience | None, entry["salience"])
+    folded = absorbers_of(group, channels, salience is not None)
     sources = _sources(group, channels)
     results = {
         one.site: one
@@ -304,6 +323,8 @@ def result_of(
         folded=folded,
         divided=() if isinstance(folded, Refusal) else tuple(divisor(one, sources, scale) for one in folded),
         sites=tuple(results[site] for site in group.sites),
+        losses=tuple(entry["losses"]),
+        salience=salience,
         mul_loss=entry["mul_loss"],
         multiplied=entry["multiplied"],
     )

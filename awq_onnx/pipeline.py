@@ -41,10 +41,11 @@ from awq_onnx.device import Device, device_of
 from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
 from awq_onnx.execution_targets import QDQ
 from awq_onnx.folder import Destination
+from awq_onnx.footprint import footprint_of
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.job import Job, Traced
 from awq_onnx.labels import Label
-from awq_onnx.machine import Machine, size_text
+from awq_onnx.machine import CPU, Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
 from awq_onnx.partwise import Outputs, Partwise
@@ -63,6 +64,7 @@ from awq_onnx.recipe import Recipe, parse_override
 from awq_onnx.report import Report
 from awq_onnx.store import ModelSource, OpenedModel, open_model
 from awq_onnx.tables import TableResult
+from awq_onnx.versions import versions
 
 CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
 SCALE_BYTES = 9  # of a block: its scale twice, its zero point
@@ -120,29 +122,42 @@ def quantize(
                 results, expected = _search(job, plan, traced, outputs, calibration_data)
             with meter.stage("write"):
                 packed_tables = _packed_tables(job, plan)
+                footprint_before = footprint_of(opened.model, opened.size_bytes)
                 finished = _write(job, results, packed_tables)
             with meter.stage("measure"):
                 comparison = _measure(job, finished, outputs, expected, calibration_data)
             size_after_bytes = files.publish()
         return Report(
-            model=str(opened.path or "a model in memory"),
+            model=str(opened.path or report.IN_MEMORY),
             output=str(files.output),
             carried=tuple(one.target for one in destination.companions),
             recipe=recipe,
             calibration=calibration_data.source,
             matmuls=report.matmul_reports(results),
+            groups=report.group_reports(results, recipe),
             tables=tuple(map(report.table_report, packed_tables)),
             kept=plan.kept,
             notes=(*plan.notes, *_notes(plan, recipe, size_after_bytes), *_left_behind(destination)),
             scaled_caches=_scaled_caches(results),
             size_before_bytes=opened.size_bytes,
             size_after_bytes=size_after_bytes,
+            footprint_before=footprint_before,
+            footprint_after=footprint_of(opened.model, size_after_bytes),
             comparison=comparison,
             total_seconds=meter.total_seconds,
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_private_bytes,
             resident_memory_bytes=meter.peak_resident_bytes,
+            given=_given(calibration, tokenizer, machine),
+            versions=versions(),
         )
+
+
+def _given(calibration: Calibration, tokenizer: str | os.PathLike[str] | None, machine: Machine) -> dict[str, str]:
+    """What the command would be given beside the recipe, by option, and no default of it."""
+    files = {"calibration": calibration, "tokenizer": tokenizer}
+    given = {name: os.fspath(one) for name, one in files.items() if isinstance(one, str | os.PathLike)}
+    return given if machine.device == CPU else given | {"device": machine.device}
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,21 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def arguments(self) -> list[str]:
+        """The options of the command line that make this recipe: those that are not what they are without."""
+        usual = Recipe(quality=self.quality).to_dict() | {"quality": DEFAULT}
+        changed = [(name, value) for name, value in self.to_dict().items() if value != usual[name]]
+        every = [(name, one) for name, value in changed for one in (value if isinstance(value, tuple) else (value,))]
+        return [word for name, one in every for word in option(name, one)]
+
+
+def option(name: str, value: object) -> list[str]:
+    """A setting as words of the command line."""
+    flag, text = f"--{name.replace('_', '-')}", str(value)
+    if value is True:
+        return [flag]
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
 
 def help_of(name: str) -> str:
     """The help text of a setting, with its default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,20 @@ import numpy as np
 
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
+from awq_onnx.errors import ReportFileError
 from awq_onnx.execution_targets import CPU, QDQ, WHOLE_COLUMN
+from awq_onnx.footprint import Footprint
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import size_text
+from awq_onnx.methods import candidates_of
 from awq_onnx.passes.absorb import Gain
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, Recipe
+from awq_onnx.plain import built, plain
+from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, Recipe, option
+from awq_onnx.salience import BINS, Salience
 from awq_onnx.tables import TableResult
+
+IN_MEMORY = "a model in memory"  # the name of one that came from no file
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,29 @@ class TableReport:
 
 
 @dataclass(frozen=True)
+class GroupReport:
+    """Layers whose inputs share one scale, made of `scale_from` to the power of `alpha`.
+
+    matmuls: their names. losses: about what plain rounding loses at each of `alphas`, in squares of the layers'
+    outputs, None where that was not tried; both are empty where no scale was searched. salience: of the channels of
+    their inputs, None where calibration did not run them.
+    """
+
+    matmuls: tuple[str, ...]
+    alpha: float
+    scale_from: str
+    alphas: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    salience: Salience | None
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of `quantize`. Sizes in bytes, times in seconds; memory is None where it cannot be measured.
 
     carried: the files of the model that went with it into the output folder, relative to that.
-    peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both.
+    peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both. given:
+    what the command was given beside the recipe, by option. versions: of what computed, by package.
     """
 
     model: str
@@ -75,32 +101,46 @@ class Report:
     calibration: str
     matmuls: tuple[MatMulReport, ...]
     tables: tuple[TableReport, ...]
+    groups: tuple[GroupReport, ...]
     kept: tuple[Refusal, ...]
     notes: tuple[str, ...]
     scaled_caches: int
     size_before_bytes: int
     size_after_bytes: int
+    footprint_before: Footprint
+    footprint_after: Footprint
     comparison: Comparison
     total_seconds: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
     carried: tuple[str, ...] = ()
+    given: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values["recipe"] = self.recipe.to_dict()
-        values["matmuls"] = [vars(one) for one in self.matmuls]
-        values["tables"] = [vars(one) for one in self.tables]
-        values["kept"] = [vars(one) for one in self.kept]
-        values["comparison"] = self.comparison.to_dict()
-        values["seconds"] = dict(self.seconds)
+        """Everything, as plain values for JSON; None for what is no finite number."""
+        values: dict[str, Any] = plain(self)
         return values
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        """Lists of numbers in one line each."""
+        return _NUMBERS.sub(_in_one_line, json.dumps(self.to_dict(), indent=2, allow_nan=False))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote. Raises ReportFileError where it is none."""
+        try:
+            report: Report = built(cls, json.loads(text), "the report")
+        except (ValueError, RecursionError) as error:
+            raise ReportFileError(f"this is no report that awq-onnx --json printed: {error}") from error
+        return report
+
+    def command(self) -> list[str]:
+        """The words of the command that does the same again."""
+        given = [word for name, value in self.given.items() for word in option(name, value)]
+        return ["awq-onnx", self.model, "-o", self.output, *given, *self.recipe.arguments()]
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""
@@ -110,7 +150,7 @@ class Report:
                 f"{self.output}, {size_text(self.size_after_bytes)} (original {size_text(self.size_before_bytes)})",
             ),
             *((("Carried over", ", ".join(self.carried)),) if self.carried else ()),
-            ("Quantised", _formats(self.matmuls, self.recipe)),
+            ("Quantised", formats(self.matmuls, self.recipe)),
             *(("", f"{one.name} to {one.bits} bits, block size {one.block_size}") for one in self.tables),
             ("Scales", _scales(self.matmuls, self.recipe)),
         ]
@@ -129,16 +169,41 @@ class Report:
             )
         rows += [
             ("Calibration", self.calibration),
-            ("Layer error", f"{_layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
+            ("Layer error", f"{layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
             ("Output error", _output_error(self.comparison)),
             ("Cost", f"{self.total_seconds:{'.1f' if self.total_seconds < 10 else '.0f'}} s{_memory(self)}"),
         ]
         return rows
 
 
+BINS_IN_ALL, LEAST_BINS = 1 << 15, 16  # of channels of all groups; of one
+_NUMBERS = re.compile(r"\[\n\s+([^][{}\"]+)\n\s+\]")  # a string holds no line break
+
+
+def _in_one_line(numbers: re.Match[str]) -> str:
+    return f"[{' '.join(numbers[1].split())}]"
+
+
 def matmul_reports(results: Iterable[GroupResult]) -> tuple[MatMulReport, ...]:
     """A row for each MatMul, in graph order."""
     return tuple(matmul_report(result, site) for result in results for site in result.sites)
+
+
+def group_reports(results: Sequence[GroupResult], recipe: Recipe) -> tuple[GroupReport, ...]:
+    """In graph order; where there are many, each with fewer bins of channels."""
+    bins = max(LEAST_BINS, BINS_IN_ALL // len(results)) if results else BINS
+    return tuple(_group_report(result, recipe, bins) for result in results)
+
+
+def _group_report(result: GroupResult, recipe: Recipe, bins: int) -> GroupReport:
+    return GroupReport(
+        matmuls=tuple(site.site.name for site in result.sites),
+        alpha=result.alpha,
+        scale_from=result.formula,
+        alphas=candidates_of(recipe).alphas if result.losses else (),
+        losses=result.losses,
+        salience=result.salience and result.salience.coarser(bins),
+    )
 
 
 def table_report(result: TableResult) -> TableReport:
@@ -224,7 +289,7 @@ def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
+def layer_ratio(matmuls: Iterable[MatMulReport]) -> float:
     ratios = [one.error / one.plain_error for one in matmuls if one.plain_error > 0 and one.error > 0]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
@@ -243,7 +308,7 @@ def _output_error(comparison: Comparison) -> str:
     )
 
 
-def _formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
+def formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
     """210 MatMuls to 4 bits, 1 to 8 bits, block size 32, with zero points, accuracy level 4."""
     first, *others = Counter(one.bits for one in matmuls).most_common()
     counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)]

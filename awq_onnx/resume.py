@@ -8,22 +8,20 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from awq_onnx import runtime
 from awq_onnx._version import __version__
 from awq_onnx.calibrate.data import Calibration
 from awq_onnx.calibrate.feeds import ENCODER_STATES, Signature
 from awq_onnx.machine import CPU
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import OpenedModel, fingerprint
+from awq_onnx.versions import versions
 
 BESIDE = ("config.json", "preprocessor_config.json", "tokenizer.json")  # the model, or one folder up
-COMPUTING = ("ml_dtypes", "numpy", "onnx", "onnx_ir", "tokenizers")  # packages that may change a bit
 
 
 def key(
@@ -42,7 +40,7 @@ def key(
         read |= {Path(tokenizer), Path(tokenizer) / "tokenizer.json"}
     if isinstance(calibration, str | os.PathLike):
         read.add(Path(calibration))
-    parts = [__version__, *_versions(), recipe.to_dict(), device, str(tokenizer), _content(calibration)]
+    parts = [__version__, versions(), recipe.to_dict(), device, str(tokenizer), _content(calibration)]
     return hashlib.blake2b(json.dumps([parts, sorted(_fingerprints(read))]).encode(), digest_size=16).hexdigest()
 
 
@@ -58,13 +56,6 @@ def _fingerprints(paths: set[Path]) -> Iterator[str]:
         with contextlib.suppress(OSError):  # what is missing is told where it is wanted
             if path.is_file():
                 yield json.dumps(fingerprint(path))
-
-
-def _versions() -> Iterator[str]:
-    yield str(runtime.onnxruntime().__version__)
-    for name in COMPUTING:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            yield f"{name} {metadata.version(name)}"
 
 
 def _content(calibration: Calibration) -> str:

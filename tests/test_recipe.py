@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import Field, FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 
 from awq_onnx import Recipe
+from awq_onnx.cli.quantize import parser, recipe_of
 from awq_onnx.errors import AwqOnnxError, RecipeError
 from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, QUALITIES, SAMPLES, help_of
 
@@ -156,3 +158,27 @@ def test_a_list_of_patterns_is_as_good_as_a_tuple() -> None:
 @pytest.mark.parametrize(("lm_head", "bits"), [("none", None), ("8", 8), ("4", 4)])
 def test_the_bits_of_the_lm_head_are_a_number_or_none(lm_head: str, bits: int | None) -> None:
     assert Recipe(lm_head=lm_head).lm_head_bits == bits
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(quality="best"),
+        Recipe(quality="fast", samples=32),
+        Recipe(method="rtn", bits=8, block_size=-1, symmetric=True, accuracy_level=0),
+        Recipe(target_bits=4.25, lm_head="8"),
+        Recipe(target_size=120_000_000, embedding="4"),
+        Recipe(include=("*a b*", "-x"), exclude=("--y", "'\"$(z)"), override=("*/mlp/*:bits=8,block_size=64",)),
+        Recipe(alpha=0, scale_from="max", allow_mul=True, sequence_length=5, seed=2**32 - 1),
+    ],
+    ids=lambda recipe: " ".join(recipe.arguments()) or "defaults",
+)
+def test_the_arguments_of_a_recipe_make_it_again(recipe: Recipe) -> None:
+    """Through a shell."""
+    words = shlex.split(shlex.join(["model.onnx", *recipe.arguments()]))
+    assert recipe_of(parser().parse_args(words)) == recipe
+
+
+def test_what_is_as_usual_is_no_argument() -> None:
+    assert Recipe(quality="best", samples=64, bits=4).arguments() == ["--quality", "best"]

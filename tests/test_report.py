@@ -298,3 +298,68 @@ def test_json_has_every_number_of_every_layer(tmp_path: Path) -> None:
     assert read == [vars(one) for one in report.matmuls]
     assert read[0]["mul_gain"] < 1
     assert read[0]["bits"] == 4
+
+
+def test_json_makes_the_same_report_again(tmp_path: Path) -> None:
+    report = report_of(tiny_decoder(), tmp_path, replace(QUICK, embedding="8", exclude=("*/mlp/*",), allow_mul=True))
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_json_holds_no_number_that_json_has_not(tmp_path: Path) -> None:
+    """What was not tried, and what a broken model makes."""
+    report = report_of(norm_and_readers(columns=(600, 32)).model(), tmp_path)
+    assert None in report.groups[0].losses
+    broken = replace(report, comparison=replace(report.comparison, relative_error=float("nan")))
+    read = json.loads(broken.to_json(), parse_constant=pytest.fail)
+    assert read["comparison"]["relative_error"] is None
+    assert read["groups"][0]["losses"].count(None) == report.groups[0].losses.count(None)
+    assert np.isnan(Report.from_json(broken.to_json()).comparison.relative_error)
+
+
+def test_lists_of_numbers_take_one_line_and_texts_are_left_alone(tmp_path: Path) -> None:
+    notes = ("[\n  1,\n  2\n]", "a, [ 1,  2 ]")
+    report = replace(report_of(norm_and_readers().model(), tmp_path), notes=notes)
+    written = report.to_json()
+    assert any(line.strip().startswith('"losses": [') and line.count(",") > 20 for line in written.splitlines())
+    assert json.loads(written) == report.to_dict()
+    assert tuple(json.loads(written)["notes"]) == notes
+
+
+def test_groups_tell_of_every_layer_once_with_its_losses_and_channels(tmp_path: Path) -> None:
+    report = report_of(tiny_decoder(), tmp_path)
+    assert tuple(name for group in report.groups for name in group.matmuls) == tuple(m.name for m in report.matmuls)
+    alphas = {one.name: one.alpha for one in report.matmuls}
+    for group in report.groups:
+        assert {alphas[name] for name in group.matmuls} == {group.alpha}
+        assert len(group.alphas) == len(group.losses) == 21
+        assert group.salience is not None
+        best = min(loss for loss in group.losses if loss is not None)
+        assert group.losses[group.alphas.index(group.alpha)] in (best, group.losses[0])
+
+
+def test_a_scale_makes_the_loudest_channel_less_loud(tmp_path: Path) -> None:
+    report = report_of(norm_and_readers().model(), tmp_path)
+    (group,) = report.groups
+    assert group.alpha > 0
+    assert group.salience is not None
+    before = max(group.salience.before) / group.salience.median_before
+    assert max(group.salience.after) / group.salience.median_after < before
+    assert group.salience.loudest[0].scale > 1
+
+
+def test_what_the_command_was_given_is_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((4, 8, 64)).astype(np.float32))
+    model = norm_and_readers().model()
+    report = report_of(model, tmp_path, replace(QUICK, allow_mul=True), calibration=tmp_path / "x.npz")
+    assert report.given == {"calibration": str(tmp_path / "x.npz")}
+    assert report.command() == [
+        "awq-onnx",
+        str(tmp_path / "model.onnx"),
+        "-o",
+        str(tmp_path / "out.onnx"),
+        "--calibration",
+        str(tmp_path / "x.npz"),
+        *("--accuracy-level", "0", "--allow-mul", "--samples", "2", "--sequence-length", "8"),
+    ]
+    assert report_of(model, tmp_path, overwrite=True, **given(model)).given == {}
+    assert report.versions["numpy"] == np.__version__

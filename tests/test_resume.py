@@ -299,6 +299,20 @@ def test_a_run_whose_layers_make_up_for_those_before_may_be_interrupted(
         assert written(tmp_path) == best
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, BEST], ids=lambda recipe: recipe.quality)
+def test_a_run_that_was_interrupted_reports_the_same(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """But for what it cost."""
+    monkeypatch.setattr(partwise, "SAVE_EVERY_SECONDS", 0)
+    run = partial(quantize, decoder, tmp_path / "out.onnx", recipe, overwrite=True)
+    uninterrupted = run()
+    for number in (1, 3, 8):
+        assert stop_at(monkeypatch, number, before=False, failure=Stopped(), act=run)
+    cost = ("seconds", "total_seconds", "peak_memory_bytes", "resident_memory_bytes")
+    assert replace(run(), **{name: getattr(uninterrupted, name) for name in cost}) == uninterrupted
+
+
 def test_values_are_saved_once_all_groups_before_them_are_written(
     decoder: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from awq_onnx.errors import AwqOnnxError, InternalError
 INTERRUPTED = 130
 TRACEBACK = "AWQ_ONNX_TRACEBACK"  # in the environment: show the traceback of a fault of ours
 QUANTIZE = "quantize"  # what is meant where no command is named
-COMMANDS = (QUANTIZE, "compare", "inspect")
+COMMANDS = (QUANTIZE, "compare", "inspect", "report")
 
 
 class Command(Protocol):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from awq_onnx import page
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
 from awq_onnx.cli.options import (
@@ -19,6 +20,7 @@ from awq_onnx.cli.options import (
     settings,
     size,
 )
+from awq_onnx.errors import OutputError
 from awq_onnx.execution_targets import BITS, BLOCK_SIZES, EXECUTION_TARGETS, FORMATS
 from awq_onnx.recipe import (
     ACCURACY_LEVELS,
@@ -29,6 +31,9 @@ from awq_onnx.recipe import (
     Recipe,
     help_of,
 )
+
+if TYPE_CHECKING:
+    from awq_onnx.report import Report
 
 EPILOG = """\
 examples:
@@ -67,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON instead of a summary")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page of HTML about the run, to be read offline"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--version", action="version", version=f"awq-onnx {__version__}")
 
@@ -112,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe = _recipe(arguments)
+    recipe = recipe_of(arguments)
+    if arguments.report is not None:
+        page.check(arguments.report, overwrite=arguments.force, beside=_files(arguments))
     from rich.console import Console
 
     from awq_onnx.pipeline import quantize
@@ -129,7 +139,18 @@ def run(arguments: argparse.Namespace) -> int:
             progress=display,
         )
     print(report.to_json() if arguments.json else two_columns(report.rows()))
+    if arguments.report is not None:
+        _write_page(arguments.report, report)
     return 0
+
+
+def _write_page(place: Path, report: Report) -> None:
+    from awq_onnx.page.content import Content
+
+    try:
+        page.write(place, Content.of(report))
+    except OutputError as error:
+        raise OutputError(f"{error}; the model {report.output} is finished all the same") from error
 
 
 def interrupted(arguments: argparse.Namespace) -> str:
@@ -146,7 +167,16 @@ def _output(arguments: argparse.Namespace) -> str:
     return str(model.with_name(f"{model.stem}_int4.onnx")) if given is None else given
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
+def _files(arguments: argparse.Namespace) -> list[Path]:
+    """What the command reads and writes, as far as its arguments name it."""
+    from awq_onnx.folder import graph_paths
+
+    read = [arguments.model, *([arguments.calibration] if arguments.calibration is not None else [])]
+    return [*read, *graph_paths(arguments.model, _output(arguments))]
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What the arguments say. Raises RecipeError, in the words of the command line."""
     values: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
     repeated = {name: tuple(values[name]) for name in ("include", "exclude", "override")}
     with settings():

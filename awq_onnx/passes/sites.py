@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -132,7 +132,7 @@ def survey(model: ir.Model, choice: Choice | None = None) -> Survey:
             continue
         found = replace(
             found,
-            is_head=_is_head(found, vocabulary, outer),
+            is_head=makes_logits(found.output, found.N, vocabulary, outer),
             head_size=head_size(found.output, found.N, facts),
         )
         reason = _why_left(found, choice) or choice.refuses(found.name)
@@ -321,9 +321,13 @@ def _why_left(site: Site, choice: Choice) -> str | None:
     return None
 
 
-def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, Sequence[ir.Value]]) -> bool:
-    """Whether this layer makes the logits: nothing but steps of `AFTER_HEAD` between it and a graph output."""
-    value = site.output
+def makes_logits(
+    output: ir.Value, columns: int, vocabulary: Collection[int], outer: Mapping[ir.Value, Sequence[ir.Value]]
+) -> bool:
+    """Whether a layer with this output of so many columns makes the logits: nothing but steps of `AFTER_HEAD` between
+    it and a graph output. vocabulary: rows of the tables of embeddings. outer: as from `branch_outputs`.
+    """
+    value = output
     while not value.is_graph_output() or value in outer:
         if value in outer:
             value = outer[value][0]
@@ -335,7 +339,7 @@ def _is_head(site: Site, vocabulary: set[int], outer: Mapping[ir.Value, Sequence
         if any(constant(other) is None for other in follower.inputs if other is not value):
             return False
         value = follower.outputs[0]
-    return site.N in vocabulary or "logits" in (value.name or "")
+    return columns in vocabulary or "logits" in (value.name or "")
 
 
 def _followers(value: ir.Value) -> Iterator[ir.Node]:
