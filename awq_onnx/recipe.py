@@ -241,7 +241,7 @@ class Recipe:
 
     def arguments(self) -> list[str]:
         """The options of the command line that make this recipe: those that are not what they are without."""
-        usual = Recipe(quality=self.quality).to_dict() | {"quality": DEFAULT}
+        usual = Recipe(quality=self.quality, target=self.target).to_dict() | {"quality": DEFAULT, "target": CPU}
         changed = [(name, value) for name, value in self.to_dict().items() if value != usual[name]]
         every = [(name, one) for name, value in changed for one in (value if isinstance(value, tuple) else (value,))]
         return [word for name, one in every for word in option(name, one)]
@@ -249,9 +249,10 @@ class Recipe:
 
 def option(name: str, value: object) -> list[str]:
     """A setting as words of the command line."""
-    flag, text = f"--{name.replace('_', '-')}", str(value)
-    if value is True:
-        return [flag]
+    words, text = name.replace("_", "-"), str(value)
+    flag = f"--{words}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{words}"]
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
