@@ -9,17 +9,17 @@ from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
-from awq_onnx import labels, targets
+from awq_onnx import labels, sizing
 from awq_onnx.labels import Label
 from awq_onnx.passes import sites
 from awq_onnx.passes.absorb import Group
 from awq_onnx.passes.bodies import all_nodes
 from awq_onnx.passes.constants import constant
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import items_of, make_plan
 from awq_onnx.recipe import Recipe
+from awq_onnx.sizing import Item
 from awq_onnx.store import ModelSource, OpenedModel, open_model
-from awq_onnx.targets import Item
 
 LOOKUP = "GatherBlockQuantized"
 ZERO_POINTS = 2  # of the inputs with a weight, behind codes and scales
@@ -122,10 +122,10 @@ def inspect(model: ModelSource, recipe: Recipe | None = None) -> Inspection:
 def _forecast(opened: OpenedModel, recipe: Recipe) -> Forecast:
     header = _header(opened)
     plan = make_plan(opened.model, recipe)
-    items = targets.items_of(plan.groups, plan.formats, plan.tables, recipe)
+    items = items_of(plan, recipe)
     places = {site.name: _place(group) for group in plan.groups for site in group.sites}
     rows = [row for item in items for row in _planned(item, places, recipe)]
-    size_bytes = targets.wanted_bytes(items, opened, recipe)
+    size_bytes = sizing.wanted_bytes(items, opened, recipe)
     return Forecast(
         **header, predicted_bytes=size_bytes, recipe=recipe, layers=tuple(rows), kept=plan.kept, notes=plan.notes
     )

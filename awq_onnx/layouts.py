@@ -10,12 +10,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from awq_onnx import codec
 from awq_onnx.codec import Float32, Format, Matrix, UInt8
-from awq_onnx.execution_targets import QDQ
 from awq_onnx.journal import Entry
 from awq_onnx.output import OutputFiles
 from awq_onnx.recipe import Recipe
 from awq_onnx.rounding import Rounded
 from awq_onnx.store import describe
+from awq_onnx.targets import QDQ
 
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}

@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 
 from awq_onnx.codec import Format
-from awq_onnx.execution_targets import QDQ, WHOLE_COLUMN
 from awq_onnx.grids import CLIPPED, FITTED, WHOLE
 from awq_onnx.passes import embedding
 from awq_onnx.passes.embedding import Table
@@ -16,6 +15,7 @@ from awq_onnx.passes.sites import Site
 from awq_onnx.recipe import AWQ, AWQ_GPTQ, BEST, EVERY_FORMULA, FAST, GPTQ, Recipe
 from awq_onnx.rounding import Rounding
 from awq_onnx.search import FORMULAS, Candidates
+from awq_onnx.targets import QDQ, WHOLE_COLUMN
 
 STORED_BLOCK_SIZES = (256, 128, 64, 32, 16)
 

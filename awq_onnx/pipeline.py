@@ -2,67 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from awq_onnx import (
-    codec,
+    edit,
     folder,
     groups,
-    labels,
-    layouts,
-    methods,
     partwise,
     report,
     resume,
     runtime,
+    sizing,
     tables,
-    targets,
     threads,
 )
-from awq_onnx._version import __version__
 from awq_onnx.calibrate import channels, data
 from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.calibrate.data import Calibration, CalibrationData
 from awq_onnx.calibrate.feeds import shortened, signature
 from awq_onnx.calibrate.straight import Straight, straighten
-from awq_onnx.codec import Format
 from awq_onnx.comparison import Comparison, compare_outputs, compared_outputs
 from awq_onnx.device import Device, device_of
-from awq_onnx.errors import AlreadyQuantizedError, NothingToQuantizeError, RecipeError
-from awq_onnx.execution_targets import QDQ
 from awq_onnx.folder import Destination
 from awq_onnx.footprint import footprint_of
-from awq_onnx.groups import GroupResult, SiteResult
+from awq_onnx.groups import GroupResult
 from awq_onnx.job import Job, Traced
-from awq_onnx.labels import Label
 from awq_onnx.machine import CPU, Machine, size_text
 from awq_onnx.meter import Meter
 from awq_onnx.output import OutputFiles
 from awq_onnx.partwise import Outputs, Partwise
-from awq_onnx.passes import check, constants, embedding, fold, opset, qdq, rewrite, sites
-from awq_onnx.passes.absorb import Group, find_groups
-from awq_onnx.passes.branches import separate_names
-from awq_onnx.passes.embedding import Table
-from awq_onnx.passes.experts import split_experts
-from awq_onnx.passes.facts import facts_of
-from awq_onnx.passes.inline import inline_functions
-from awq_onnx.passes.names import Names
-from awq_onnx.passes.pointwise import write_as_matmuls
-from awq_onnx.passes.sites import Choice, Refusal, Site, Survey
+from awq_onnx.passes import constants
+from awq_onnx.passes.absorb import Group
+from awq_onnx.passes.sites import Refusal
+from awq_onnx.plan import Plan, estimated_bytes, items_of, make_plan
 from awq_onnx.progress import Progress, Silent
-from awq_onnx.recipe import Recipe, parse_override
+from awq_onnx.recipe import Recipe
 from awq_onnx.report import Report
-from awq_onnx.store import ModelSource, OpenedModel, open_model
+from awq_onnx.store import ModelSource, open_model
 from awq_onnx.tables import TableResult
 from awq_onnx.versions import versions
 
@@ -108,8 +90,8 @@ def quantize(
             plan = make_plan(opened.model, recipe)
             outputs = [name for name in compared_outputs(wanted) if _is_made(opened.model.graph, name)]
             if recipe.chooses_formats:
-                targets.check(_items(plan, recipe), opened, recipe)
-            files.check_space(_estimated_bytes(opened, plan))
+                sizing.check(items_of(plan, recipe), opened, recipe)
+            files.check_space(estimated_bytes(opened, plan))
             if not files.done:
                 groups.check_weights(plan.survey.sites, opened)
             with meter.stage("calibration data"):
@@ -160,120 +142,6 @@ def _given(calibration: Calibration, tokenizer: str | os.PathLike[str] | None, m
     return given if machine.device == CPU else given | {"device": machine.device}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will be done: every site, in groups that share a scale; the tables of embeddings, each with its format.
-
-    formats: of the sites. kept: what could be quantised and is not. notes: what was done to the graph to find them.
-    """
-
-    survey: Survey
-    groups: tuple[Group, ...]
-    formats: Mapping[Site, Format]
-    tables: tuple[tuple[Table, Format], ...]
-    kept: tuple[Refusal, ...]
-    notes: tuple[str, ...]
-
-
-def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
-    """Look at the graph and read no weight. Layers that hide in functions, Convs and stacks of experts are brought out.
-
-    Raises AlreadyQuantizedError, NothingToQuantizeError, RecipeError.
-    """
-    recipe = recipe or Recipe()
-    choice = Choice(recipe.include, recipe.exclude, recipe.lm_head_bits is not None or recipe.has_target)
-    notes = _brought_out(model, choice)
-    quantized = sites.quantized_nodes(model.graph)
-    if quantized:
-        raise AlreadyQuantizedError(
-            f"the model is quantised already: {sites.node_name(quantized[0])} is a {quantized[0].op_type}; "
-            "start from the original model"
-        )
-    survey = _with_whole_blocks(sites.survey(model, choice), recipe)
-    _check_patterns(recipe, survey)
-    if not survey.sites:
-        kept = "".join(f"; {one.what}: {one.reason}" for one in survey.kept[:3])
-        raise NothingToQuantizeError(
-            f"the model has no linear layer with a constant weight that can be quantised{kept}"
-        )
-    if recipe.format == QDQ:
-        opset.check_raisable(model, qdq.OPSET)
-    chosen, refused = _tables(model.graph, survey, recipe)
-    found = find_groups(survey)
-    return Plan(survey, found, _formats(found, recipe), chosen, (*survey.kept, *refused), notes)
-
-
-def _with_whole_blocks(survey: Survey, recipe: Recipe) -> Survey:
-    """Without the layers that do not fill their blocks, where the target refuses such."""
-    if not recipe.runs_on.whole_blocks:
-        return survey
-    odd = {site for site in survey.sites if site.K % methods.format_of(site, recipe).block_size}
-    reason = f"its inputs fill no whole blocks, which is all that {recipe.target} takes"
-    return replace(
-        survey,
-        sites=tuple(site for site in survey.sites if site not in odd),
-        kept=(*survey.kept, *(Refusal(site.name, reason) for site in survey.sites if site in odd)),
-        floats=(*survey.floats, *odd),
-    )
-
-
-def _formats(found: Sequence[Group], recipe: Recipe) -> dict[Site, Format]:
-    """Of every site; those that share a weight have that of the first."""
-    layers = [sites for group in found for sites in groups.layers_of(group)]
-    return {site: methods.format_of(sites[0], recipe) for sites in layers for site in sites}
-
-
-def _tables(graph: ir.Graph, survey: Survey, recipe: Recipe) -> tuple[tuple[tuple[Table, Format], ...], list[Refusal]]:
-    """The tables to quantise, and the reasons why others stay. A table that is a layer's weight goes with the layer."""
-    packed = {site.tensor: site for site in survey.sites}
-    if recipe.format == QDQ:
-        wanted = (one for one in embedding.tables(graph) if recipe.has_target or one.tensor in packed)
-        return (), [Refusal(one.name, STANDARD_TABLE) for one in wanted]
-    if recipe.embedding_bits is None and not recipe.has_target:
-        return (), []
-    chosen, refused = [], []
-    for found in embedding.tables(graph):
-        layer = packed.get(found.tensor)
-        if layer is not None:
-            if not embedding.lookups(layer):
-                refused.append(Refusal(found.name, f"its table is the weight of {layer.name} in another form"))
-            continue
-        fmt = methods.format_of_table(found, recipe)
-        if found.reason is not None or fmt is None:
-            refused.append(Refusal(found.name, found.reason or f"its rows of {found.D} numbers fill no blocks"))
-        else:
-            chosen.append((found, fmt))
-    return tuple(chosen), refused
-
-
-def _brought_out(model: ir.Model, choice: Choice) -> tuple[str, ...]:
-    """Rewrite what hides linear layers; a sentence for each thing that the user will see in the graph."""
-    inline_functions(model)
-    separate_names(model.graph)
-    convs = write_as_matmuls(model.graph)
-    stacks = split_experts(model, facts_of(model), choice)
-    notes = []
-    if convs:
-        notes.append(f"{convs} 1x1 Convs were written as MatMuls, the Transposes around them removed")
-    if stacks:
-        notes.append(f"{stacks} stacks of experts were split into a MatMul each, with a Split and a Concat around")
-    return tuple(notes)
-
-
-def _check_patterns(recipe: Recipe, survey: Survey) -> None:
-    names = [site.name for site in (*survey.sites, *survey.floats)] + [one.what for one in survey.kept]
-    for option, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
-        for pattern in patterns:
-            if names and not any(sites.fits(name, pattern) for name in names):
-                raise RecipeError(f"{option} {pattern!r} fits no layer of the model; they have names like {names[0]}")
-    for text in recipe.override:
-        pattern = parse_override(text)[0]
-        if survey.sites and not any(sites.fits(site.name, pattern) for site in survey.sites):
-            kept = [one for one in survey.kept if sites.fits(one.what, pattern)]
-            why = f"{kept[0].what}: {kept[0].reason}" if kept else f"they have names like {names[0]}"
-            raise RecipeError(f"override {text!r} fits no layer that is quantised; {why}")
-
-
 def _calibration_data(job: Job, calibration: Calibration, tokenizer: str | os.PathLike[str] | None) -> CalibrationData:
     """What an interrupted run had, or new data."""
     files = job.files
@@ -305,23 +173,19 @@ def _search(
 
 def _to_target(job: Job, plan: Plan, traced: Traced, outputs: Sequence[str], calibration_data: CalibrationData) -> Plan:
     """The plan with the formats that reach the target of the recipe."""
-    items = _items(plan, job.recipe)
+    items = items_of(plan, job.recipe)
     if FORMATS not in job.files.done:
         job.progress.stage("Choosing formats")
         with job.files.failures():
-            losses = targets.estimated_losses(items, plan.groups, calibration_data, job, traced, outputs)
-            chosen = targets.choose(items, losses, job.opened, job.recipe)
+            losses = sizing.estimated_losses(items, plan.groups, calibration_data, job, traced, outputs)
+            chosen = sizing.choose(items, losses, job.opened, job.recipe)
         job.files.record(FORMATS, {"chosen": [item.formats.index(f) for item, f in zip(items, chosen, strict=True)]})
     formats = [item.formats[at] for item, at in zip(items, job.files.done[FORMATS]["chosen"], strict=True)]
     of_sites = {site: fmt for item, fmt in zip(items, formats, strict=True) for site in item.sites}
     of_tables = tuple((item.table, fmt) for item, fmt in zip(items, formats, strict=True) if item.table)
     plan = replace(plan, formats=of_sites, tables=of_tables)
-    job.files.check_space(_estimated_bytes(job.opened, plan))
+    job.files.check_space(estimated_bytes(job.opened, plan))
     return plan
-
-
-def _items(plan: Plan, recipe: Recipe) -> list[targets.Item]:
-    return targets.items_of(plan.groups, plan.formats, plan.tables, recipe)
 
 
 def trace_channels(
@@ -348,161 +212,13 @@ def _packed_tables(job: Job, plan: Plan) -> list[TableResult]:
 def _write(job: Job, results: Sequence[GroupResult], packed_tables: Sequence[TableResult]) -> Path:
     """The finished model, not yet in its place."""
     job.progress.stage("Writing the model")
-    _edit(job.opened, results, packed_tables, job.files, job.recipe)
+    edit.apply(job.opened, results, packed_tables, job.files, job.recipe)
     return job.files.write(job.opened.model)
-
-
-def _edit(
-    opened: OpenedModel,
-    results: Sequence[GroupResult],
-    packed_tables: Sequence[TableResult],
-    files: OutputFiles,
-    recipe: Recipe,
-) -> None:
-    """All changes to the graph, after everything about them is decided."""
-    model = opened.model
-    before = check.outline_of(model.graph)
-    divided = _fold(opened, results)
-    _tell_divided(results)
-    added = Counter({"Mul": _insert_muls(model.graph, results)})
-    if recipe.format == QDQ:
-        opset.raise_to(model, qdq.OPSET, qdq.IR_VERSION)
-    scales: dict[tuple[str, bytes], ir.TensorProtocol] = {}
-    names = Names(model.graph)
-    for result in results:
-        for site in result.sites:
-            weight = _packed(site, divided.get(site.site), files, scales, recipe)
-            label = Label.of(report.matmul_report(result, site))
-            added += _replace(model, site, weight, names, label, site.site in divided, recipe)
-    for one in packed_tables:
-        tensors = [one.codes, one.scales, one.zero_points]
-        looking_up = embedding.look_up(model.graph, one.table, tensors, one.bits, one.block_size)
-        added += Counter({"GatherBlockQuantized": looking_up})
-    model.metadata_props[labels.VERSION] = __version__
-    model.metadata_props[labels.RECIPE] = json.dumps(recipe.to_dict())
-    check.check(model.graph, before, added)
-
-
-def _replace(
-    model: ir.Model,
-    site: SiteResult,
-    weight: rewrite.PackedWeight,
-    names: Names,
-    label: Label,
-    divided: bool,
-    recipe: Recipe,
-) -> Counter[str]:
-    """The nodes of the recipe's format in the place of the layer; which were added. divided: whether the weight is, so
-    that nothing can look up rows of the original in it.
-    """
-    metadata = label.metadata()
-    doc_string = label.sentences(site.bits, site.block_size, zero_points=site.zero_points is not None)
-    if recipe.format == QDQ:
-        return qdq.to_dequantized(
-            model.graph,
-            site.site,
-            weight,
-            names,
-            block_size=site.block_size,
-            metadata=metadata,
-            doc_string=doc_string,
-        )
-    gathers = [] if divided else methods.packed_lookups(site.site, recipe)
-    layer, *added = rewrite.to_matmul_nbits(
-        model,
-        site.site,
-        weight,
-        block_size=site.block_size,
-        bits=site.bits,
-        accuracy_level=recipe.accuracy_level,
-        metadata=metadata,
-        doc_string=doc_string,
-        bias_names=None if recipe.runs_on.bias_inside else names,
-    )
-    return Counter(node.op_type for node in (layer, *added)) + embedding.share(model, layer, gathers)
-
-
-def _fold(opened: OpenedModel, results: Sequence[GroupResult]) -> dict[Site, codec.Float32]:
-    """Fold every scale that is not 1 and goes somewhere; what the columns of each layer have to be divided by."""
-    foldings = [
-        fold.Folding(one.group, one.scale, tuple(zip(one.folded, one.divided, strict=True)))
-        for one in results
-        if not isinstance(one.folded, Refusal) and not np.all(one.scale == 1)
-    ]
-    quantized = {site for one in results for site in one.group.sites}
-    return fold.fold_scales(opened.model.graph, foldings, partial(groups.read_weight, opened=opened), quantized)
-
-
-def _insert_muls(graph: ir.Graph, results: Sequence[GroupResult]) -> int:
-    """A Mul on every input whose scale goes nowhere else; how many."""
-    readers: dict[tuple[ir.Value, Any], list[Site]] = {}
-    factors: dict[Site, codec.Float32] = {}
-    names = Names(graph)
-    for result in results:
-        for site in result.group.sites if result.multiplied else ():
-            readers.setdefault((site.input, site.node.graph), []).append(site)
-            factors[site] = np.reciprocal(result.scale)
-    for (value, _), together in readers.items():
-        fold.insert_mul(graph, value, together, factors[together[0]], names)
-    return len(readers)
-
-
-def _packed(
-    site: SiteResult,
-    divisor: codec.Float32 | None,
-    files: OutputFiles,
-    known: dict[tuple[str, bytes], ir.TensorProtocol],
-    recipe: Recipe,
-) -> rewrite.PackedWeight:
-    """The packed tensors; dividing an output channel divides the scales of its blocks, exactly.
-
-    known: the scales that were written, by codes and divisor: layers with one weight share them.
-    """
-    dtype = site.site.dtype.numpy()
-    key = (site.codes.name or "", b"" if divisor is None else divisor.tobytes())  # codes are of one dtype
-    if key not in known:
-        scales: codec.Float32 = site.scales.numpy()
-        scales = scales if divisor is None else scales / divisor
-        known[key] = files.append(
-            f"{site.name}.scales", layouts.scales_as_read(scales, dtype, recipe, per_axis=site.per_axis)
-        )
-    bias = groups.read_bias(site.site)
-    if bias is not None:
-        bias = (bias if divisor is None else bias / divisor).astype(dtype)
-    return rewrite.PackedWeight(
-        codes=site.codes,
-        scales=known[key],
-        zero_points=site.zero_points,
-        bias=None if bias is None else files.append(f"{site.name}.bias", bias),
-    )
-
-
-def _tell_divided(results: Sequence[GroupResult]) -> None:
-    """Say of each node that absorbed a scale whose it was."""
-    for result in results:
-        if isinstance(result.folded, Refusal) or np.all(result.scale == 1):
-            continue
-        told = labels.divided([site.name for site in result.group.sites])
-        for absorber in result.folded:
-            for node in fold.divided_nodes(absorber):
-                node.metadata_props.update(told)
 
 
 def _is_made(graph: ir.Graph, output: str) -> bool:
     """Whether an output is no constant."""
     return all(constants.stored(value) is None for value in graph.outputs if value.name == output)
-
-
-def _estimated_bytes(opened: OpenedModel, plan: Plan) -> int:
-    """About what the output takes on the disk: what is not quantised, the packed weights, their scales twice."""
-    weights = {id(site.tensor): site for site in plan.survey.sites}.values()
-    before = sum(site.tensor.nbytes for site in weights)
-    packed = 0
-    for site in weights:
-        fmt = plan.formats[site]
-        blocks = -(-site.K // fmt.stored_block_size)
-        packed += site.N * blocks * (fmt.stored_block_size * fmt.bits // 8 + SCALE_BYTES)
-    return max(opened.size_bytes - before, 0) + packed
 
 
 def _measure(

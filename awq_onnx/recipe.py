@@ -8,15 +8,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from awq_onnx.errors import RecipeError
-from awq_onnx.execution_targets import (
+from awq_onnx.targets import (
     BITS,
     BLOCK_SIZES,
     CPU,
-    EXECUTION_TARGETS,
     FORMATS,
     QDQ,
     QDQ_BITS,
-    ExecutionTarget,
+    TARGETS,
+    Target,
 )
 
 FAST, DEFAULT, BEST = QUALITIES = ("fast", "default", "best")
@@ -119,7 +119,7 @@ class Recipe:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("quality", self.quality, QUALITIES)
         _one_of("method", self.method, METHODS)
-        _one_of("target", self.target, tuple(EXECUTION_TARGETS))
+        _one_of("target", self.target, tuple(TARGETS))
         _one_of("bits", self.bits, BITS)
         _one_of("lm_head", self.lm_head, LM_HEADS)
         _one_of("embedding", self.embedding, LM_HEADS)
@@ -167,7 +167,7 @@ class Recipe:
         """Settings that leave each other nothing to do."""
         if self.target_size is not None and self.target_bits is not None:
             raise RecipeError("target_size and target_bits exclude each other; give one of them")
-        if self.has_target and (self.bits, self.block_size) != (BITS[0], self.runs_on.block_size):
+        if self.has_size and (self.bits, self.block_size) != (BITS[0], self.runs_on.block_size):
             raise RecipeError("target_size and target_bits choose bits and block_size; leave these out")
         if self.method in UNSCALED and (self.alpha is not None or self.scale_from != "mean"):
             raise RecipeError(f"alpha and scale_from are of the scales, which method {self.method} does not have")
@@ -204,8 +204,8 @@ class Recipe:
             raise RecipeError(f"explicit_zero_points is False, but {where} knows no zero point that is not written")
 
     @property
-    def runs_on(self) -> ExecutionTarget:
-        return EXECUTION_TARGETS[self.target]
+    def runs_on(self) -> Target:
+        return TARGETS[self.target]
 
     @property
     def all_bits(self) -> tuple[int, ...]:
@@ -223,10 +223,10 @@ class Recipe:
     @property
     def chooses_formats(self) -> bool:
         """Whether each layer gets bits and blocks of its own."""
-        return self.has_target or self.quality == BEST
+        return self.has_size or self.quality == BEST
 
     @property
-    def has_target(self) -> bool:
+    def has_size(self) -> bool:
         return self.target_bits is not None or self.target_size is not None
 
     def overrides(self, name: str) -> dict[str, int]:

@@ -14,7 +14,6 @@ import numpy as np
 from awq_onnx._version import __version__
 from awq_onnx.comparison import Comparison
 from awq_onnx.errors import ReportFileError
-from awq_onnx.execution_targets import CPU, QDQ, WHOLE_COLUMN
 from awq_onnx.footprint import Footprint
 from awq_onnx.groups import GroupResult, SiteResult
 from awq_onnx.machine import size_text
@@ -25,6 +24,7 @@ from awq_onnx.plain import built, plain
 from awq_onnx.recipe import EVERY_FORMULA, UNSCALED, Recipe, option
 from awq_onnx.salience import BINS, Salience
 from awq_onnx.tables import TableResult
+from awq_onnx.targets import CPU, QDQ, WHOLE_COLUMN
 
 IN_MEMORY = "a model in memory"  # the name of one that came from no file
 

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from others import INT4_TOOLS, LM_HEAD, Call, at_opset_21, cache_folder, calibration_ids, last_line, with_own_head
 
 import awq_onnx
-from awq_onnx import targets
+from awq_onnx import sizing
 from awq_onnx.calibrate import data
 from awq_onnx.calibrate.feeds import TOKENS, signature
 from awq_onnx.progress import Silent
 from awq_onnx.recipe import BEST, DEFAULT, Recipe
+from awq_onnx.sizing import estimated_losses
 from awq_onnx.store import open_model
-from awq_onnx.targets import estimated_losses
 
 LENGTH = 256  # of windows to calibrate on and to measure with
 SAMPLES = 32
@@ -86,7 +86,7 @@ class Bench:
         return path
 
     def estimated_once(self, *arguments: Any) -> list[list[float]]:
-        """`targets.estimated_losses`, which no target changes: for the first of them alone."""
+        """`sizing.estimated_losses`, which no target changes: for the first of them alone."""
         if not self.estimated:
             self.estimated.extend(estimated_losses(*arguments))
         return self.estimated
@@ -114,7 +114,7 @@ def _ours(bench: Bench, part: str, settings: str, recipe: Recipe) -> Job:
     def run(output: Path) -> None:
         with ExitStack() as stack:
             if recipe.target_bits is not None:
-                stack.enter_context(patch.object(targets, "estimated_losses", bench.estimated_once))
+                stack.enter_context(patch.object(sizing, "estimated_losses", bench.estimated_once))
             awq_onnx.quantize(bench.model, output, recipe, calibration=np.load(bench.own_text()))
 
     return Job(part, OURS, settings, run)

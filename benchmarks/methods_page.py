@@ -15,7 +15,7 @@ from quality import ratio_with_error
 from salient import ANY, LARGEST, LOUDEST, NONE, SHARES
 from variants import Found, Variant
 
-from awq_onnx.execution_targets import WHOLE_COLUMN
+from awq_onnx.targets import WHOLE_COLUMN
 
 WINDOWS = 24  # of text to measure on
 GREY = "0.55"

@@ -27,7 +27,8 @@ from awq_onnx.calibrate.segments import Data, Segments
 from awq_onnx.calibrate.straight import straighten
 from awq_onnx.codec import Float32
 from awq_onnx.passes.sites import Site
-from awq_onnx.pipeline import make_plan, trace_channels
+from awq_onnx.pipeline import trace_channels
+from awq_onnx.plan import make_plan
 from awq_onnx.progress import Silent
 from awq_onnx.search import Reader, plain_error
 from awq_onnx.store import OpenedModel, open_model

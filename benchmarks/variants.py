@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from awq_onnx.execution_targets import WHOLE_COLUMN
+from awq_onnx.targets import WHOLE_COLUMN
 
 Found: TypeAlias = dict[str, dict[str, Any]]  # what was measured, by the key of a variant or the name of a section
 

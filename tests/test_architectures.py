@@ -26,7 +26,8 @@ from awq_onnx.calibrate.data import CalibrationData
 from awq_onnx.calibrate.feeds import Feed, Signature, complete, signature
 from awq_onnx.calibrate.straight import straighten
 from awq_onnx.exact import fold_random_scales
-from awq_onnx.pipeline import make_plan, trace_channels
+from awq_onnx.pipeline import trace_channels
+from awq_onnx.plan import make_plan
 from awq_onnx.progress import Silent
 from awq_onnx.store import OpenedModel, open_model
 

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from awq_onnx import codec
 from awq_onnx.codec import Format, Grid
-from awq_onnx.execution_targets import BLOCK_SIZES, WHOLE_COLUMN
 from awq_onnx.kernels import reference
+from awq_onnx.targets import BLOCK_SIZES, WHOLE_COLUMN
 
 Array = NDArray[Any]
 

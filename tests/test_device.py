@@ -20,7 +20,20 @@ from foreign import Foreign
 from gpus import skipped_without_a_gpu
 from on_cpu import with_kernels
 
-from awq_onnx import Machine, Recipe, codec, compensate, device, grids, groups, pipeline, rounding, runtime, search
+from awq_onnx import (
+    Machine,
+    Recipe,
+    codec,
+    compensate,
+    device,
+    edit,
+    grids,
+    groups,
+    pipeline,
+    rounding,
+    runtime,
+    search,
+)
 from awq_onnx.arrays import beside, in_memory
 from awq_onnx.cli import main
 from awq_onnx.codec import Format
@@ -415,7 +428,7 @@ def test_what_one_device_left_unfinished_is_not_gone_on_with_by_another(
     model = save(tiny_decoder(), tmp_path / "model.onnx")
     output = tmp_path / "int4.onnx"
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_edit", failing)
+        patched.setattr(edit, "apply", failing)
         with pytest.raises(RuntimeError):
             pipeline.quantize(model, output, QUICK)
     loaded: list[object] = []

@@ -17,7 +17,7 @@ from awq_onnx.calibrate.channels import ChannelMap
 from awq_onnx.exact import SPREAD, fold_random_scales
 from awq_onnx.passes import fold
 from awq_onnx.passes.absorb import Group
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import make_plan
 from awq_onnx.recipe import Recipe
 from awq_onnx.store import open_model
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 import awq_onnx
 from awq_onnx import Recipe, Report, errors
-from awq_onnx.execution_targets import EXECUTION_TARGETS, MATMULNBITS, QDQ
+from awq_onnx.targets import MATMULNBITS, QDQ, TARGETS
 
 QUICK: dict[str, Any] = {"samples": 4, "sequence_length": 16}
 IDS = np.random.default_rng(7).integers(0, 160, (3, 12))
@@ -195,10 +195,10 @@ def test_what_wants_positive_scales_and_no_zero_points_gets_them(tmp_path: Path,
     assert refused == ([f"/layers.{layer}/mlp/down_proj/MatMul" for layer in range(2)] if name == "tensorrt" else [])
 
 
-@pytest.mark.parametrize("name", EXECUTION_TARGETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_best_chooses_only_what_the_target_runs(tmp_path: Path, name: str) -> None:
     report = quantized(tiny_decoder(), tmp_path / "out.onnx", target=name, target_bits=6.5)
-    wants = EXECUTION_TARGETS[name]
+    wants = TARGETS[name]
     assert {one.bits for one in report.matmuls} <= set(wants.bits)
     assert name == "qnn" or {one.block_size for one in report.matmuls} <= set(wants.block_sizes)
 

@@ -13,7 +13,7 @@ import pytest
 from builders import Array, GraphBuilder, decoder_feed, gated_mlp, norm_and_readers, run, save, tiny_decoder
 from onnx import numpy_helper
 
-from awq_onnx import Recipe, pipeline
+from awq_onnx import Recipe, edit, pipeline
 from awq_onnx.codec import Float32
 from awq_onnx.groups import GroupResult
 from awq_onnx.kernels import reference
@@ -82,13 +82,13 @@ class Pipeline:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self._groups: list[GroupResult] = []
-        edit = pipeline._edit
+        apply = edit.apply
 
         def listening(model: Any, results: list[GroupResult], *rest: Any) -> None:
             self._groups = list(results)
-            edit(model, results, *rest)
+            apply(model, results, *rest)
 
-        monkeypatch.setattr(pipeline, "_edit", listening)
+        monkeypatch.setattr(edit, "apply", listening)
 
     def __call__(
         self,

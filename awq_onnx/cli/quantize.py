@@ -21,7 +21,6 @@ from awq_onnx.cli.options import (
     size,
 )
 from awq_onnx.errors import OutputError
-from awq_onnx.execution_targets import BITS, BLOCK_SIZES, EXECUTION_TARGETS, FORMATS
 from awq_onnx.recipe import (
     ACCURACY_LEVELS,
     LM_HEADS,
@@ -31,6 +30,7 @@ from awq_onnx.recipe import (
     Recipe,
     help_of,
 )
+from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, TARGETS
 
 if TYPE_CHECKING:
     from awq_onnx.report import Report
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
 
     format_group = parser.add_argument_group("format")
-    add_choice(format_group, "target", tuple(EXECUTION_TARGETS))
+    add_choice(format_group, "target", tuple(TARGETS))
     add_choice(format_group, "format", FORMATS)
     add_number(format_group, "bits", BITS)
     add_number(format_group, "block_size", BLOCK_SIZES)

@@ -19,7 +19,7 @@ from awq_onnx.calibrate import channels
 from awq_onnx.calibrate.straight import straighten
 from awq_onnx.exact import fold_random_scales
 from awq_onnx.passes.branches import separate_names
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import make_plan
 from awq_onnx.store import open_model
 
 K, N = 16, 8

@@ -14,7 +14,7 @@ from onnx import FunctionProto, helper
 
 import awq_onnx
 from awq_onnx.passes.inline import inline_functions
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import make_plan
 
 K, HIDDEN = 16, 24
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]

@@ -17,7 +17,7 @@ from onnx import helper
 
 import awq_onnx
 from awq_onnx.passes.pointwise import write_as_matmuls
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import make_plan
 from awq_onnx.store import open_model
 
 K, HIDDEN, TOKENS = 12, 20, 5

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 import awq_onnx
 from awq_onnx.passes.experts import split_experts
 from awq_onnx.passes.facts import facts_of
-from awq_onnx.pipeline import make_plan
+from awq_onnx.plan import make_plan
 from awq_onnx.store import open_model
 
 E, K, N, TOKENS = 3, 16, 8, 5
