@@ -10,6 +10,7 @@ import onnx_ir as ir
 from awq_onnx.passes.bodies import all_nodes, branch_outputs
 from awq_onnx.passes.constants import constant
 from awq_onnx.passes.facts import Facts
+from awq_onnx.passes.packed import Packed, packed_weights
 from awq_onnx.passes.sites import Site, find_site, is_token, makes_logits
 
 CODES, SCALES, ZERO_POINTS, LAYERS, LM_HEAD, EMBEDDING = (
@@ -43,11 +44,13 @@ class Footprint:
 def footprint_of(model: ir.Model, size_bytes: int) -> Footprint:
     """size_bytes: of all files of the model."""
     nodes, facts = list(all_nodes(model.graph)), Facts(model.graph.opset_imports, {})  # no shape is asked for
-    kinds = dict.fromkeys(_tables(nodes), EMBEDDING)
+    packed = packed_weights(model.graph)
+    kinds = dict.fromkeys(_tables(nodes, packed), EMBEDDING)
     heads = _Heads(model.graph, kinds)
-    for node in nodes:
-        for value, kind in _weights(node, facts, heads):
-            kinds.setdefault(value, kind)
+    found = [pair for one in packed for pair in _packed(one, heads)]
+    found += [pair for node in nodes for pair in _floats(node, facts, heads)]
+    for value, kind in found:
+        kinds.setdefault(value, kind)
     known = dict.fromkeys((CODES, SCALES, ZERO_POINTS, LAYERS, LM_HEAD, EMBEDDING), 0)
     for value, kind in kinds.items():
         known[kind] += _bytes(value)
@@ -66,36 +69,40 @@ class _Heads:
         return LM_HEAD if makes_logits(output, columns, self._vocabulary, self._outer) else otherwise
 
 
-def _tables(nodes: Collection[ir.Node]) -> Iterator[ir.Value]:
+def _tables(nodes: Collection[ir.Node], packed: Collection[Packed]) -> Iterator[ir.Value]:
     """What tokens are looked up in: a table, or its codes, scales and zero points."""
     for node in nodes:
         if node.op_type == "Gather" and is_token(node.inputs[1]):
-            yield from _read(node, 0)
-        elif node.op_type == "GatherBlockQuantized":
-            yield from _read(node, 0, 2, 3)
+            yield from _seen_through(node.inputs[0])
+    for one in packed:
+        if one.is_table:
+            for value in (one.codes, one.scales, one.zero_points):
+                yield from _seen_through(value)
 
 
-def _weights(node: ir.Node, facts: Facts, heads: _Heads) -> Iterator[tuple[ir.Value, str]]:
-    """The weight of a linear layer, with its kind."""
-    if node.op_type == "MatMulNBits":
-        columns = node.attributes.get_int("N", 0)
-        for at, kind in enumerate((CODES, SCALES, ZERO_POINTS), 1):
-            for value in _read(node, at):
-                yield value, heads.kind(node.outputs[0], columns, kind)
-    elif isinstance(site := find_site(node, facts), Site):
+def _packed(weight: Packed, heads: _Heads) -> Iterator[tuple[ir.Value, str]]:
+    """The tensors of a quantised layer, each with its kind."""
+    tensors = ((weight.codes, CODES), (weight.scales, SCALES), (weight.zero_points, ZERO_POINTS))
+    for tensor, kind in tensors:
+        for value in _seen_through(tensor):
+            yield value, heads.kind(weight.layer.outputs[0], weight.N or 0, kind)
+
+
+def _floats(node: ir.Node, facts: Facts, heads: _Heads) -> Iterator[tuple[ir.Value, str]]:
+    """The weight of a linear layer in floats, with its kind."""
+    site = find_site(node, facts)
+    if isinstance(site, Site):
         yield site.weight, heads.kind(site.output, site.N, LAYERS)
 
 
-def _read(node: ir.Node, *inputs: int) -> Iterator[ir.Value]:
-    """What stands at some inputs, seen through Reshapes and Transposes."""
-    for at in inputs:
-        value = node.inputs[at] if at < len(node.inputs) else None
-        while value is not None and (maker := value.producer()) is not None:
-            if maker.op_type not in ("Reshape", "Transpose", "Identity"):
-                break
-            value = maker.inputs[0]
-        if value is not None:
-            yield value
+def _seen_through(value: ir.Value | None) -> Iterator[ir.Value]:
+    """What a value is before Reshapes and Transposes."""
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type not in ("Reshape", "Transpose", "Identity"):
+            break
+        value = maker.inputs[0]
+    if value is not None:
+        yield value
 
 
 def _bytes(value: ir.Value) -> int:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import onnx_ir as ir
-
 from awq_onnx import labels, sizing
+from awq_onnx.footprint import Footprint, footprint_of
 from awq_onnx.labels import Label
 from awq_onnx.passes import sites
 from awq_onnx.passes.absorb import Group
-from awq_onnx.passes.bodies import all_nodes
 from awq_onnx.passes.constants import constant
+from awq_onnx.passes.packed import MATMUL, Packed, packed_weights
 from awq_onnx.passes.sites import Refusal
-from awq_onnx.plan import items_of, make_plan
+from awq_onnx.plain import plain
+from awq_onnx.plan import Plan, items_of, make_plan
 from awq_onnx.recipe import Recipe
 from awq_onnx.sizing import Item
 from awq_onnx.store import ModelSource, OpenedModel, open_model
-
-LOOKUP = "GatherBlockQuantized"
-ZERO_POINTS = 2  # of the inputs with a weight, behind codes and scales
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,9 @@ class PlannedLayer:
     would choose them.
 
     folded_into: what its scale would be divided out of, as far as the graph tells: whether every channel arrives there
-    is traced when the model runs. reason: why there is nothing. size_bytes: of its weight now; packed_bytes: then, with
-    scales and zero points. Where several have one weight, the first has its bytes and the others 0.
+    is traced when the model runs. reason: why there is nothing, blocked_by: what is in the way. size_bytes: of its
+    weight now; packed_bytes: then, with scales and zero points. Where several have one weight, the first has its bytes
+    and the others 0.
     """
 
     name: str
@@ -41,23 +39,26 @@ class PlannedLayer:
     N: int
     bits: int | None
     block_size: int | None
-    folded_into: str | None
-    reason: str | None
     size_bytes: int
     packed_bytes: int
+    folded_into: str | None = None
+    reason: str | None = None
+    blocked_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What `quantize` would do with a model. kept: what could be quantised and would not be, each with its reason.
 
-    size_bytes: of all its files. predicted_bytes: of the output, within a few parts in a thousand.
+    size_bytes: of all its files, footprint: what these are for. predicted_bytes: of the output, within a few parts in a
+    thousand.
     """
 
     model: str
     opset: int
     ir_version: int
     size_bytes: int
+    footprint: Footprint
     predicted_bytes: int
     recipe: Recipe
     layers: tuple[PlannedLayer, ...]
@@ -66,7 +67,7 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values for JSON."""
-        return {"kind": "forecast"} | asdict(self)
+        return {"kind": "forecast", **plain(self)}
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,14 @@ class Findings:
     opset: int
     ir_version: int
     size_bytes: int
+    footprint: Footprint
     layers: tuple[PackedLayer, ...]
     version: str | None
     recipe: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values for JSON."""
-        return {"kind": "findings"} | asdict(self)
+        return {"kind": "findings", **plain(self)}
 
 
 Inspection: TypeAlias = "Forecast | Findings"
@@ -115,19 +117,26 @@ def inspect(model: ModelSource, recipe: Recipe | None = None) -> Inspection:
     recipe: for a model that is not quantised yet. Raises ModelError, RecipeError.
     """
     with open_model(model) as opened:
-        packed = sites.quantized_nodes(opened.model.graph)
-        return _findings(opened, packed) if packed else _forecast(opened, recipe or Recipe())
+        packed = packed_weights(opened.model.graph)
+        quantized = any(not one.is_table for one in packed)
+        return _findings(opened, packed) if quantized else _forecast(opened, recipe or Recipe())
 
 
 def _forecast(opened: OpenedModel, recipe: Recipe) -> Forecast:
-    header = _header(opened)
+    header, footprint = _header(opened), footprint_of(opened.model, opened.size_bytes)  # before anything is brought out
     plan = make_plan(opened.model, recipe)
     items = items_of(plan, recipe)
-    places = {site.name: _place(group) for group in plan.groups for site in group.sites}
+    places = _places(plan)
     rows = [row for item in items for row in _planned(item, places, recipe)]
     size_bytes = sizing.wanted_bytes(items, opened, recipe)
     return Forecast(
-        **header, predicted_bytes=size_bytes, recipe=recipe, layers=tuple(rows), kept=plan.kept, notes=plan.notes
+        **header,
+        footprint=footprint,
+        predicted_bytes=size_bytes,
+        recipe=recipe,
+        layers=tuple(rows),
+        kept=plan.kept,
+        notes=plan.notes,
     )
 
 
@@ -140,14 +149,18 @@ def _header(opened: OpenedModel) -> dict[str, Any]:
     }
 
 
-def _place(group: Group) -> tuple[str | None, str | None]:
-    """What the scale of a group would be folded into, and why it would not be."""
+def _places(plan: Plan) -> dict[str, dict[str, str]]:
+    """What the scale of each layer would be folded into, or why it would not be: fields of its row."""
+    return {site.name: _place(group) for group in plan.groups for site in group.sites}
+
+
+def _place(group: Group) -> dict[str, str]:
     if isinstance(group.routes, Refusal):
-        return None, f"{group.routes.reason} ({group.routes.what})"
-    return ", ".join(route.absorber.name for route in group.routes), None
+        return {"reason": group.routes.reason, "blocked_by": group.routes.what}
+    return {"folded_into": ", ".join(route.absorber.name for route in group.routes)}
 
 
-def _planned(item: Item, places: Mapping[str, tuple[str | None, str | None]], recipe: Recipe) -> Iterator[PlannedLayer]:
+def _planned(item: Item, places: Mapping[str, Mapping[str, str]], recipe: Recipe) -> Iterator[PlannedLayer]:
     """The rows of one weight."""
     K, N = item.shape
     fmt = item.plain
@@ -162,20 +175,19 @@ def _planned(item: Item, places: Mapping[str, tuple[str | None, str | None]], re
             N=N,
             bits=None if chosen else fmt.bits,
             block_size=None if chosen else fmt.block_size,
-            folded_into=places.get(name, (None, None))[0],
-            reason=places.get(name, (None, None))[1],
             size_bytes=size_bytes,
             packed_bytes=packed_bytes,
+            **places.get(name, {}),
         )
 
 
-def _findings(opened: OpenedModel, packed: list[ir.Node]) -> Findings:
-    lookups = [node for node in all_nodes(opened.model.graph) if node.op_type == LOOKUP]
+def _findings(opened: OpenedModel, packed: Sequence[Packed]) -> Findings:
     seen: set[int] = set()
     told = opened.model.metadata_props
     return Findings(
         **_header(opened),
-        layers=tuple(_packed(node, seen) for node in (*packed, *lookups)),
+        footprint=footprint_of(opened.model, opened.size_bytes),
+        layers=tuple(_row(one, seen) for one in packed),
         version=told.get(labels.VERSION),
         recipe=_parsed(told.get(labels.RECIPE)),
     )
@@ -189,62 +201,22 @@ def _parsed(recipe: str | None) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def _packed(node: ir.Node, seen: set[int]) -> PackedLayer:
+def _row(weight: Packed, seen: set[int]) -> PackedLayer:
     """seen: the tensors that were counted already."""
-    weight = _WEIGHTS.get(node.op_type, _of_another_tool)(node)
-    tensors = {id(one): one for one in map(constant, weight.inputs) if one is not None}
+    stored = map(constant, (weight.codes, weight.scales, weight.zero_points))
+    tensors = {id(one): one for one in stored if one is not None}
     size_bytes = sum(one.nbytes for key, one in tensors.items() if key not in seen)
     seen.update(tensors)
+    op_type, number = weight.node.op_type, weight.node.attributes.get_int
     return PackedLayer(
-        name=sites.node_name(weight.reader),
-        op_type=node.op_type,
+        name=sites.node_name(weight.layer),
+        op_type=op_type,
         K=weight.K,
         N=weight.N,
         bits=weight.bits,
         block_size=weight.block_size,
-        zero_points=len(weight.inputs) > ZERO_POINTS and weight.inputs[ZERO_POINTS] is not None,
-        accuracy_level=node.attributes.get_int("accuracy_level", 0) if node.op_type == "MatMulNBits" else None,
+        zero_points=weight.zero_points is not None,
+        accuracy_level=number("accuracy_level", 0) if op_type == MATMUL else None,
         size_bytes=size_bytes,
-        label=Label.read(weight.reader.metadata_props),
+        label=Label.read(weight.layer.metadata_props),
     )
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """inputs: codes, scales, zero points. reader: the node that was the layer."""
-
-    reader: ir.Node
-    inputs: Sequence[ir.Value | None]
-    K: int | None = None
-    N: int | None = None
-    bits: int | None = None
-    block_size: int | None = None
-
-
-def _of_matmul(node: ir.Node) -> _Weight:
-    number = node.attributes.get_int
-    K, N, block_size = (number(name, 0) or None for name in ("K", "N", "block_size"))
-    return _Weight(node, node.inputs[1:], K, N, number("bits", 4), block_size)
-
-
-def _of_lookup(node: ir.Node) -> _Weight:
-    codes, _, scales, *zero_points = node.inputs
-    block_size, table = node.attributes.get_int("block_size", 128), constant(scales)
-    V, blocks = table.shape.numpy() if table is not None else (None, None)
-    D = blocks and blocks * block_size
-    return _Weight(node, [codes, scales, *zero_points], D, V, node.attributes.get_int("bits", 4), block_size)
-
-
-def _of_dequantized(node: ir.Node) -> _Weight:
-    codes, readers = constant(node.inputs[0]), node.outputs[0].consumers()
-    if codes is None or [reader.op_type for reader in readers] != ["MatMul"]:
-        return _of_another_tool(node)
-    K, N = codes.shape.numpy()
-    return _Weight(readers[0], node.inputs, K, N, codes.dtype.bitwidth, node.attributes.get_int("block_size", K))
-
-
-def _of_another_tool(node: ir.Node) -> _Weight:
-    return _Weight(node, [value for value in node.inputs if constant(value) is not None])
-
-
-_WEIGHTS = {"MatMulNBits": _of_matmul, "DequantizeLinear": _of_dequantized, LOOKUP: _of_lookup}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from awq_onnx.report import MatMulReport
 
@@ -14,7 +15,7 @@ ERROR = "awq_onnx.error"
 PLAIN_ERROR = "awq_onnx.error_of_plain_rounding"
 DIVIDED = "awq_onnx.divided_by_the_scale_of"  # on the node that absorbed it
 VERSION, RECIPE = "awq_onnx.version", "awq_onnx.recipe"  # of the model
-NOTHING = "nothing: "  # in the place of a node that a scale is folded into
+NOTHING = re.compile(r"nothing: (?P<reason>.*?) \((?P<blocked_by>.*)\)", re.DOTALL)  # in the place of a node's name
 SCALES = {
     "mean": "mean|x|^{alpha:g}",
     "max": "max|x|^{alpha:g} / max|w|^{rest:g}",
@@ -24,31 +25,32 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Label:
-    """What is known of one quantised layer, see `report.MatMulReport`. reason: why no scale was folded, else None."""
+    """What is known of one quantised layer; the fields are those of `report.MatMulReport`."""
 
     alpha: float
     scale_from: str
     folded_into: str | None
     reason: str | None
+    blocked_by: str | None
     error: float
     plain_error: float
 
     @classmethod
     def of(cls, row: MatMulReport) -> Label:
-        reason = None if row.reason is None else f"{row.reason} ({row.blocked_by})"
-        return cls(row.alpha, row.scale_from, row.folded_into, reason, row.error, row.plain_error)
+        return cls(**{one.name: getattr(row, one.name) for one in fields(cls)})
 
     @classmethod
     def read(cls, metadata: Mapping[str, str]) -> Label | None:
         """The label that `metadata` made; None where there is none, or not a whole one."""
         try:
             into = metadata[FOLDED_INTO]
-            refused = into.startswith(NOTHING)
+            refused = NOTHING.fullmatch(into)
             return cls(
                 alpha=float(metadata[ALPHA]),
                 scale_from=metadata[SCALE_FROM],
                 folded_into=None if refused else into,
-                reason=into.removeprefix(NOTHING) if refused else None,
+                reason=refused["reason"] if refused else None,
+                blocked_by=refused["blocked_by"] if refused else None,
                 error=float(metadata[ERROR]),
                 plain_error=float(metadata[PLAIN_ERROR]),
             )
@@ -60,7 +62,7 @@ class Label:
         return {
             ALPHA: f"{self.alpha:g}",
             SCALE_FROM: self.scale_from,
-            FOLDED_INTO: self.folded_into or f"{NOTHING}{self.reason}",
+            FOLDED_INTO: self.folded_into or f"nothing: {self.reason} ({self.blocked_by})",
             ERROR: f"{self.error:.5f}",
             PLAIN_ERROR: f"{self.plain_error:.5f}",
         }

@@ -89,3 +89,15 @@ def tied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def test_no_number_of_it_is_negative(tmp_path: Path) -> None:
     assert np.min(astuple(report_of(tiny_decoder(layers=1), tmp_path).footprint_after)) >= 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_parts_of_layers_in_standard_onnx_are_told_too(tmp_path: Path, symmetric: bool) -> None:
+    after = report_of(tiny_decoder(layers=1), tmp_path, format="qdq", symmetric=symmetric).footprint_after
+    other = tmp_path / "other"
+    other.mkdir()
+    same = report_of(tiny_decoder(layers=1), other, symmetric=symmetric).footprint_after
+    assert after.codes == same.codes > 0
+    assert after.scales == same.scales > 0
+    assert (after.zero_points == 0) == symmetric
+    assert after.layers == 0

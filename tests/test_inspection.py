@@ -86,7 +86,7 @@ def test_where_nothing_absorbs_a_scale_the_reason_is_told() -> None:
     builder.output(builder.add("Add", normed, product, name="/residual"), ["batch", 32])
     (layer,) = forecast(builder.model()).layers
     assert layer.folded_into is None
-    assert layer.reason == "Add reads the same input (/residual)"
+    assert (layer.reason, layer.blocked_by) == ("Add reads the same input", "/residual")
 
 
 def test_where_calibration_would_choose_no_bits_are_told(tmp_path: Path) -> None:

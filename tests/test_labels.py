@@ -6,8 +6,8 @@ import pytest
 
 from awq_onnx.labels import Label
 
-FOLDED = Label(0.45, "mean", "/norm/Mul", None, 0.0412, 0.0721)
-REFUSED = Label(0.0, "mean", None, "Add reads the same input (/add)", 0.05, 0.06)
+FOLDED = Label(0.45, "mean", "/norm/Mul", None, None, 0.0412, 0.0721)
+REFUSED = Label(0.0, "mean", None, "Add reads the same input", "Add of x (y)", 0.05, 0.06)
 
 
 @pytest.mark.parametrize("label", [FOLDED, REFUSED])
@@ -41,5 +41,5 @@ def test_a_layer_without_a_scale_says_so() -> None:
     [("max", "max|x|^0.25 / max|w|^0.75"), ("weights", "mean|x|^0.25 / mean(|w| / max|w|)^0.75")],
 )
 def test_the_formula_of_the_scale_is_written_out(formula: str, scale: str) -> None:
-    label = Label(0.25, formula, "/v", None, 0.1, 0.2)
+    label = Label(0.25, formula, "/v", None, None, 0.1, 0.2)
     assert f"s = {scale}." in label.sentences(4, 32, zero_points=True)

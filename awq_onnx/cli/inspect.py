@@ -122,7 +122,7 @@ def _place(one: Layer) -> str:
     if told is None:
         return "Scale unknown"
     if told.folded_into is None:
-        return f"No scale: {told.reason}" if told.reason else "No scale"
+        return f"No scale: {told.reason} ({told.blocked_by})" if told.reason else "No scale"
     return f"Scale folded into {told.folded_into}"
 
 
