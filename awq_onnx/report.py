@@ -154,10 +154,10 @@ class Report:
             *(("", f"{one.name} to {one.bits} bits, block size {one.block_size}") for one in self.tables),
             ("Scales", _scales(self.matmuls, self.recipe)),
         ]
-        rows += [("Left alone", text) for text in _grouped((one.reason, one.what) for one in self.kept)]
+        rows += [("Left alone", text) for text in grouped((one.reason, one.what) for one in self.kept)]
         searched = self.recipe.method not in UNSCALED
         unscaled = ((one.reason, one.name) for one in self.matmuls if one.reason is not None and searched)
-        rows += [("Not scaled", text) for text in _grouped(unscaled)]
+        rows += [("Not scaled", text) for text in grouped(unscaled)]
         rows += [("", text) for text in _mul_advice(self.matmuls)]
         rows += [("Note", note) for note in self.notes]
         if self.scaled_caches:
@@ -278,7 +278,7 @@ def _mul_advice(matmuls: Iterable[MatMulReport]) -> list[str]:
     return [f"--allow-mul would bring {len(gains)} of them to {mean:.2f} x the error, with a Mul at run time"]
 
 
-def _grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
+def grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     """One line for each reason, with how many nodes it holds for and the first of them."""
     by_reason: dict[str, list[str]] = {}
     for reason, name in refused:

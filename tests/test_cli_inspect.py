@@ -96,3 +96,11 @@ def test_names_become_a_pattern(names: list[str], told: str) -> None:
 def test_what_differs_beside_the_numbers_is_not_alike() -> None:
     rows = [("a.0", 1), ("a.1", 1), ("a.2", 2), ("b.0", 1)]
     assert alike(rows, lambda row: row[0], lambda row: row[1]) == [rows[:2], rows[2:3], rows[3:]]
+
+
+def test_the_settings_of_quantising_are_taken(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, source, "--block-size", "128", "--exclude", "*/layers.0/*", "--lm-head", "8")
+    assert " 96 x 64     4    128 " in text
+    assert "/lm_head/MatMul " in text
+    assert "Left alone    7 layers, /layers.0/q_proj/MatMul first: --exclude */layers.0/* names it\n" in text
+    assert shown(capsys, source, "--bits", "3", code=2).startswith("awq-onnx: argument --bits: invalid choice: 3")

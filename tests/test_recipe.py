@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from awq_onnx import Recipe
-from awq_onnx.cli.quantize import parser, recipe_of
+from awq_onnx.cli.options import recipe_of
+from awq_onnx.cli.quantize import parser
 from awq_onnx.errors import AwqOnnxError, RecipeError
 from awq_onnx.recipe import ACCURACY_LEVELS, BLOCK_SIZES, QUALITIES, SAMPLES, help_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from awq_onnx.cli.alike import alike, pattern
 from awq_onnx.cli.display import aligned, two_columns
-from awq_onnx.cli.options import PROG, Parser
+from awq_onnx.cli.options import PROG, Parser, add_recipe, recipe_of
 from awq_onnx.machine import size_text
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 PLANNED = ("", "", "K x N", "bits", "block", "now", "then")
 PACKED = ("", "", "K x N", "bits", "block", "alpha", "error", "RTN's")
 UNKNOWN = "-"
+EPILOG = """\
+examples:
+  awq-onnx inspect model.onnx                         what `awq-onnx model.onnx` would do
+  awq-onnx inspect model.onnx --block-size 128 --lm-head 8 --exclude '*/layers.0/*'
+  awq-onnx inspect model_int4.onnx --all              how it was quantised, layer by layer
+
+exit codes: those of awq-onnx --help
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,17 +38,19 @@ def parser() -> argparse.ArgumentParser:
         "Before: which layers would be quantised, what their scales would be folded into, what would stay and why,\n"
         "and the size. Of a quantised model: bits, block size, alpha, where the scale went, and the error of each\n"
         "layer, ||X E|| / ||X W||, beside that of plain rounding (RTN).",
+        EPILOG,
     )
     parser.add_argument("model", type=Path, help="a .onnx file; no weight of it is read")
     parser.add_argument("--all", action="store_true", help="a line for each layer, not one for all that are alike")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_recipe(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     from awq_onnx.inspection import Forecast, inspect
 
-    found = inspect(arguments.model)
+    found = inspect(arguments.model, recipe_of(arguments))
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
@@ -56,13 +66,15 @@ def interrupted(_: argparse.Namespace) -> str:
 
 def _forecast(found: Forecast) -> Iterator[tuple[str, str]]:
     """What would be done."""
+    from awq_onnx.report import grouped
+
     yield "Model", _model(found)
     share = found.predicted_bytes / found.size_bytes
     yield "Would become", f"about {size_text(found.predicted_bytes)}, {share:.0%} of that"
     chosen = any(one.bits is None for one in found.layers)
     yield "Quantised", f"{len(found.layers)} layers{', bits and blocks chosen by calibration' * chosen}"
-    for kept in alike(found.kept, lambda one: one.what, lambda one: one.reason):
-        yield "Left alone", f"{pattern([one.what for one in kept])}: {kept[0].reason}"
+    for text in grouped((one.reason, one.what) for one in found.kept):
+        yield "Left alone", text
     for note in found.notes:
         yield "Note", note
 

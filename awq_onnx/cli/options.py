@@ -9,7 +9,16 @@ from typing import Any, NoReturn
 
 from awq_onnx.errors import RecipeError
 from awq_onnx.machine import CPU, DEVICES, Machine, size_bytes
-from awq_onnx.recipe import Recipe, help_of
+from awq_onnx.recipe import (
+    ACCURACY_LEVELS,
+    LM_HEADS,
+    METHODS,
+    QUALITIES,
+    SCALES_FROM,
+    Recipe,
+    help_of,
+)
+from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, TARGETS
 
 PROG = "awq-onnx"
 
@@ -32,6 +41,43 @@ def size(text: str) -> int:
         return size_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The options of a `Recipe`, but for those of its calibration data."""
+    choice = parser.add_argument_group("which layers, and how")
+    for name, metavar in (("include", "PATTERN"), ("exclude", "PATTERN"), ("override", "PATTERN:SETTINGS")):
+        choice.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=help_of(name))
+    add_choice(choice, "lm_head", LM_HEADS)
+    add_choice(choice, "embedding", LM_HEADS)
+    choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
+
+    method = parser.add_argument_group("quality")
+    add_choice(method, "quality", QUALITIES)
+    add_choice(method, "method", METHODS)
+    add_choice(method, "scale_from", SCALES_FROM)
+    method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
+
+    format_group = parser.add_argument_group("format")
+    add_choice(format_group, "target", tuple(TARGETS))
+    add_choice(format_group, "format", FORMATS)
+    add_number(format_group, "bits", BITS)
+    add_number(format_group, "block_size", BLOCK_SIZES)
+    format_group.add_argument("--target-bits", type=float, metavar="BITS", help=help_of("target_bits"))
+    format_group.add_argument("--target-size", type=size, metavar="SIZE", help=help_of("target_size"))
+    add_switch(format_group, "symmetric")
+    add_switch(format_group, "explicit_zero_points")
+    add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What the arguments say. Raises RecipeError, in the words of the command line."""
+    values: dict[str, Any] = {
+        name: getattr(arguments, name) for name in Recipe.__dataclass_fields__ if hasattr(arguments, name)
+    }
+    repeated = {name: tuple(values[name]) for name in ("include", "exclude", "override")}
+    with settings():
+        return Recipe(**(values | repeated))
 
 
 def add_choice(group: Any, name: str, choices: Sequence[str]) -> None:

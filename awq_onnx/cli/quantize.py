@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awq_onnx import page
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
-from awq_onnx.cli.options import (
-    PROG,
-    Parser,
-    add_choice,
-    add_machine,
-    add_number,
-    add_switch,
-    machine_of,
-    settings,
-    size,
-)
+from awq_onnx.cli.options import PROG, Parser, add_machine, add_number, add_recipe, machine_of, recipe_of
 from awq_onnx.errors import OutputError
-from awq_onnx.recipe import (
-    ACCURACY_LEVELS,
-    LM_HEADS,
-    METHODS,
-    QUALITIES,
-    SCALES_FROM,
-    Recipe,
-    help_of,
-)
-from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, TARGETS
 
 if TYPE_CHECKING:
     from awq_onnx.report import Report
@@ -44,7 +24,9 @@ examples:
   awq-onnx encoder.onnx --calibration inputs.npz      ... on your inputs, arrays named like the model's inputs
 
 other commands, each with its own --help:
-  awq-onnx inspect model.onnx                         what would be done, or how an int4 model was made
+  awq-onnx inspect model.onnx                         what would be done, or how a quantised model was made
+  awq-onnx compare model.onnx model_int4.onnx         how far it is from the original, how large, how fast
+  awq-onnx report run.json                            a page about a run, from what --json printed
 
 exit codes:
   0 done                               5 the calibration data do not fit the model
@@ -87,30 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add_number(calibration, "sequence_length")
     add_number(calibration, "seed")
 
-    choice = parser.add_argument_group("which layers, and how")
-    for name, metavar in (("include", "PATTERN"), ("exclude", "PATTERN"), ("override", "PATTERN:SETTINGS")):
-        choice.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=help_of(name))
-    add_choice(choice, "lm_head", LM_HEADS)
-    add_choice(choice, "embedding", LM_HEADS)
-    choice.add_argument("--allow-mul", action="store_true", help=help_of("allow_mul"))
-
-    method = parser.add_argument_group("quality")
-    add_choice(method, "quality", QUALITIES)
-    add_choice(method, "method", METHODS)
-    add_choice(method, "scale_from", SCALES_FROM)
-    method.add_argument("--alpha", type=float, metavar="A", help=help_of("alpha"))
-
-    format_group = parser.add_argument_group("format")
-    add_choice(format_group, "target", tuple(TARGETS))
-    add_choice(format_group, "format", FORMATS)
-    add_number(format_group, "bits", BITS)
-    add_number(format_group, "block_size", BLOCK_SIZES)
-    format_group.add_argument("--target-bits", type=float, metavar="BITS", help=help_of("target_bits"))
-    format_group.add_argument("--target-size", type=size, metavar="SIZE", help=help_of("target_size"))
-    add_switch(format_group, "symmetric")
-    add_switch(format_group, "explicit_zero_points")
-    add_number(format_group, "accuracy_level", ACCURACY_LEVELS)
-
+    add_recipe(parser)
     add_machine(
         parser,
         "the budget changes no bit of the result, threads hardly ever",
@@ -173,11 +132,3 @@ def _files(arguments: argparse.Namespace) -> list[Path]:
 
     read = [arguments.model, *([arguments.calibration] if arguments.calibration is not None else [])]
     return [*read, *graph_paths(arguments.model, _output(arguments))]
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """What the arguments say. Raises RecipeError, in the words of the command line."""
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
-    repeated = {name: tuple(values[name]) for name in ("include", "exclude", "override")}
-    with settings():
-        return Recipe(**(values | repeated))
