@@ -35,8 +35,8 @@ exit codes: those of awq-onnx --help
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROG} inspect",
-        "Before: which layers would be quantised, what their scales would be folded into, what would stay and why,\n"
-        "and the size. Of a quantised model: bits, block size, alpha, where the scale went, and the error of each\n"
+        "Before: which layers would be quantised, what their scales would be folded into, what would stay and why, "
+        "and the size. Of a quantised model: bits, block size, alpha, where the scale went, and the error of each "
         "layer, ||X E|| / ||X W||, beside that of plain rounding (RTN).",
         EPILOG,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from awq_onnx.recipe import (
 from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, TARGETS
 
 PROG = "awq-onnx"
+WIDTH = 80  # of what helps explain
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +30,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
         super().__init__(
-            prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=prog,
+            description=textwrap.fill(description, WIDTH),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
