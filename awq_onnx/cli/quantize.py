@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             machine=machine_of(arguments),
             progress=display,
         )
+    arguments.finished = report.output
     print(report.to_json() if arguments.json else two_columns(report.rows()))
     if arguments.report is not None:
         _write_page(arguments.report, report)
@@ -116,6 +117,8 @@ def interrupted(arguments: argparse.Namespace) -> str:
     from awq_onnx.folder import graph_paths
     from awq_onnx.output import work_folder
 
+    if "finished" in arguments:
+        return f"the model {arguments.finished} is finished, the page about it is not"
     kept = any(work_folder(path).exists() for path in graph_paths(arguments.model, _output(arguments)))
     return "the same command goes on from here" if kept else "nothing was written"
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from builders import save, tiny_decoder
@@ -69,6 +70,16 @@ def test_a_page_that_fails_at_the_end_costs_no_model(
     out, err = capfd.readouterr()
     assert Report.from_json(out).output == str(folder / "model_int4.onnx")
     assert err.endswith(f"No space left on device; the model {folder / 'model_int4.onnx'} is finished all the same\n")
+    assert names(folder) == ["model.onnx", "model_int4.onnx", "model_int4.onnx.data"]
+
+
+def test_an_interruption_while_the_page_is_written_says_that_the_model_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page, "render", Mock(side_effect=KeyboardInterrupt))
+    assert exits(folder / "model.onnx", *QUICK, "--report", folder / "report.html") == 130
+    output = folder / "model_int4.onnx"
+    assert capfd.readouterr().err.endswith(f"the model {output} is finished, the page about it is not\n")
     assert names(folder) == ["model.onnx", "model_int4.onnx", "model_int4.onnx.data"]
 
 
