@@ -246,10 +246,13 @@ class Matrix:
 
     def unpack(self, raw: UInt8, block_size: int, zero_points: UInt8) -> UInt8:
         """What `pack` packed; the padding of a last block are its zero points. zero_points: uint8 (G, N)."""
-        blocks = np.repeat(zero_points, block_size, axis=0)  # (G * b, N)
-        blocks[: self.K] = self._codes(raw, self.K)
-        codes = blocks.reshape(-1, block_size, self.N)  # (G, b, N)
-        return np.ascontiguousarray(_joined(codes, self.bits).transpose(2, 0, 1))
+        packed = np.empty((self.N, len(zero_points), block_size * self.bits // 8), np.uint8)
+        for at, points in enumerate(zero_points):  # a block of rows at a time: codes take more memory than their bytes
+            rows = range(at * block_size, min((at + 1) * block_size, self.K))
+            codes = np.repeat(points[None], block_size, axis=0)  # (b, N)
+            codes[: len(rows)] = self._rows(raw, rows)
+            packed[:, at] = _joined(codes[None], self.bits)[0].T
+        return packed
 
     def pack_zero_points(self, zero_points: Float32) -> UInt8:
         """The bytes of DequantizeLinear's x_zero_point, (G, N): uint8 (ceil(G * N * bits / 8),)."""
@@ -257,7 +260,7 @@ class Matrix:
 
     def unpack_zero_points(self, raw: UInt8, blocks: int) -> UInt8:
         """uint8 (ceil(G * N * bits / 8),) -> (G, N) zero points."""
-        return self._codes(raw, blocks)
+        return self._rows(raw, range(blocks))
 
     def _bytes(self, codes: UInt8) -> UInt8:
         """Codes (rows, N) as they are stored; the last byte is filled up with zeros."""
@@ -265,9 +268,12 @@ class Matrix:
         raw: UInt8 = _joined(np.pad(flat, ((0, 0), (0, -flat.size % (8 // self.bits)))), self.bits)[0]
         return raw
 
-    def _codes(self, raw: UInt8, rows: int) -> UInt8:
-        codes: UInt8 = unpack(raw[None, None, :], self.bits).reshape(-1)[: rows * self.N]
-        return (codes ^ self._offset).reshape(rows, self.N)
+    def _rows(self, raw: UInt8, rows: range) -> UInt8:
+        """The codes of some rows: (len(rows), N)."""
+        first, in_a_byte = rows.start * self.N, 8 // self.bits
+        some = raw[first // in_a_byte : -(-rows.stop * self.N // in_a_byte)]
+        codes: UInt8 = unpack(some[None, None, :], self.bits).reshape(-1)[first % in_a_byte :][: len(rows) * self.N]
+        return (codes ^ self._offset).reshape(len(rows), self.N)
 
     @property
     def _offset(self) -> np.uint8:

@@ -70,10 +70,10 @@ def home(source: Path) -> Path:
     return above if in_hub and (above / CONFIG).is_file() else source.parent
 
 
-def plain(source: Path) -> Iterator[Companion]:
-    """Those of the model `source`, whose name the output has too."""
+def plain(source: Path, name: str) -> Iterator[Companion]:
+    """Those of the model `source`; its output has the path `name` in the folder."""
     for one in _found(source):
-        corrected = _corrected_genai(one.read(), source.name) if one.target == GENAI_CONFIG else None
+        corrected = _corrected_genai(one.read(), name) if one.target == GENAI_CONFIG else None
         yield one if corrected is None else replace(one, content=corrected)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from awq_onnx import runtime
 from awq_onnx.calibrate.feeds import Feed, Signature
 from awq_onnx.errors import DifferentModelsError
 from awq_onnx.likelihood import ROWS_AT_ONCE, Rows, kl_divergence, log_softmax
+from awq_onnx.plain import plain
 from awq_onnx.progress import unheard
 
 WORST = 10  # tokens that are kept for people to look at
@@ -68,16 +68,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it: a number that is not finite is None."""
-        values: dict[str, Any] = _finite(asdict(self))
+        values: dict[str, Any] = plain(self)
         return values
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

@@ -18,6 +18,7 @@ from awq_onnx.companions import ONNX, Companion
 from awq_onnx.errors import OutputError
 from awq_onnx.store import OpenedModel
 
+WEB_HALF = "_fp16"  # the end of its names for what is half as wide already
 IN_MEMORY = "model.onnx"  # what a model that was no file is called
 WEB_DTYPES = WEB_DTYPE, WEB_HALF_DTYPE = "q4", "q4f16"  # transformers.js' names, and the ends of its file names
 
@@ -64,6 +65,8 @@ def destination(opened: OpenedModel, output: str | os.PathLike[str], *, web: boo
     """Where a model goes that is written to `output`. web: in one file, and in a folder under the names of
     transformers.js. Raises OutputError where that is the folder of the model.
     """
+    if not (Path(output).name or is_folder(output)):
+        raise OutputError("the output has no name; give it one")
     how = Destination(Path(output), data_suffix="_data", whole=True) if web else Destination(Path(output))
     if not is_folder(output):
         return how
@@ -83,7 +86,7 @@ def destination(opened: OpenedModel, output: str | os.PathLike[str], *, web: boo
 
 def _companions(how: Destination, source: Path, model: ir.Model, web_dtype: str | None) -> tuple[Companion, ...]:
     if web_dtype is None or how.folder is None:
-        return tuple(companions.plain(source))
+        return tuple(companions.plain(source, _plain_name(source)))
     return tuple(companions.for_web(source, model, how.folder, how.graph.name, web_dtype))
 
 
@@ -92,7 +95,7 @@ def _plain_name(source: Path) -> str:
 
 
 def _web_name(source: Path, dtype: str) -> str:
-    return f"{ONNX}/{source.stem}_{dtype}.onnx"
+    return f"{ONNX}/{source.stem.removesuffix(WEB_HALF)}_{dtype}.onnx"
 
 
 def _is_half(model: ir.Model) -> bool:

@@ -24,8 +24,8 @@ from awq_onnx.store import ModelSource, OpenedModel, open_model
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer, or the lookup in a table, that would be quantised: K in, N out. bits, block_size: None where `quantize`
-    would choose them.
+    """A layer, or the lookup in a table, that would be quantised: K in, N out. bits, block_size,
+    packed_bytes: None where `quantize` would choose them.
 
     folded_into: what its scale would be divided out of, as far as the graph tells: whether every channel arrives there
     is traced when the model runs. reason: why there is nothing, blocked_by: what is in the way. size_bytes: of its
@@ -40,7 +40,7 @@ class PlannedLayer:
     bits: int | None
     block_size: int | None
     size_bytes: int
-    packed_bytes: int
+    packed_bytes: int | None
     folded_into: str | None = None
     reason: str | None = None
     blocked_by: str | None = None
@@ -126,6 +126,8 @@ def _forecast(opened: OpenedModel, recipe: Recipe) -> Forecast:
     header, footprint = _header(opened), footprint_of(opened.model, opened.size_bytes)  # before anything is brought out
     plan = make_plan(opened.model, recipe)
     items = items_of(plan, recipe)
+    if recipe.chooses_formats:
+        sizing.check(items, opened, recipe)
     places = _places(plan)
     rows = [row for item in items for row in _planned(item, places, recipe)]
     size_bytes = sizing.wanted_bytes(items, opened, recipe)
@@ -176,7 +178,7 @@ def _planned(item: Item, places: Mapping[str, Mapping[str, str]], recipe: Recipe
             bits=None if chosen else fmt.bits,
             block_size=None if chosen else fmt.block_size,
             size_bytes=size_bytes,
-            packed_bytes=packed_bytes,
+            packed_bytes=None if chosen else packed_bytes,
             **places.get(name, {}),
         )
 

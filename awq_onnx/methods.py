@@ -18,6 +18,7 @@ from awq_onnx.search import FORMULAS, Candidates
 from awq_onnx.targets import QDQ, WHOLE_COLUMN
 
 STORED_BLOCK_SIZES = (256, 128, 64, 32, 16)
+LOOKED_UP_BITS = (4, 8)  # of an embedding, and of a layer that makes logits
 
 
 def candidates_of(recipe: Recipe) -> Candidates:
@@ -54,21 +55,34 @@ def format_of(site: Site, recipe: Recipe) -> Format:
         positive=recipe.runs_on.positive_scales,
         explicit=recipe.explicit_zero_points,
     )
+    filled = _filled(site.K, block_size, recipe) if packed_lookups(site, recipe) else None
     if block_size != WHOLE_COLUMN:
-        return plain
-    stored = min(STORED_BLOCK_SIZES, key=lambda size: -(-site.K // size) * (size * bits / 8 + dtype.itemsize))
+        kept = filled is None or "block_size" in recipe.overrides(site.name)
+        return plain if kept else replace(plain, block_size=filled or block_size)
+    smallest = min(STORED_BLOCK_SIZES, key=lambda size: -(-site.K // size) * (size * bits / 8 + dtype.itemsize))
+    stored = filled or smallest
     return replace(plain, block_size=-(-site.K // stored) * stored, stored=stored)
 
 
 def packed_lookups(site: Site, recipe: Recipe) -> list[ir.Node]:
-    """The lookups of a layer's weight that can read it packed: standard ONNX has no node for that."""
-    return [] if recipe.format == QDQ else embedding.lookups(site)
+    """The lookups of a layer's weight that can read it packed. Standard ONNX has no node for that; rows have to fill
+    their blocks.
+    """
+    if recipe.format == QDQ or _filled(site.K, WHOLE_COLUMN, recipe) is None:
+        return []
+    return embedding.lookups(site)
 
 
 def format_of_table(table: Table, recipe: Recipe) -> Format | None:
     """None where it has none. Rows fill their blocks: where the wanted size does not divide them, a smaller one."""
-    wanted = recipe.block_size if recipe.block_size != WHOLE_COLUMN else STORED_BLOCK_SIZES[0]
-    sizes = [size for size in STORED_BLOCK_SIZES if table.D % size == 0 and size <= wanted]
-    if not sizes:
+    block_size = _filled(table.D, recipe.block_size, recipe)
+    if block_size is None:
         return None
-    return Format(max(sizes), False, np.dtype(table.tensor.dtype.numpy()), recipe.embedding_bits or 8)
+    bits = recipe.embedding_bits or max(bits for bits in recipe.all_bits if bits in LOOKED_UP_BITS)
+    return Format(block_size, False, np.dtype(table.tensor.dtype.numpy()), bits)
+
+
+def _filled(K: int, wanted: int, recipe: Recipe) -> int | None:
+    """The largest block size, up to the wanted one, that K numbers fill; None where there is none."""
+    offered = [size for size in STORED_BLOCK_SIZES if size in recipe.runs_on.block_sizes and K % size == 0]
+    return max((size for size in offered if wanted == WHOLE_COLUMN or size <= wanted), default=None)

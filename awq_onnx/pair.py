@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from awq_onnx.device import Device, device_of
 from awq_onnx.errors import DifferentModelsError, OutputError
 from awq_onnx.likelihood import Rows
 from awq_onnx.machine import Machine
+from awq_onnx.plain import plain
 from awq_onnx.progress import Progress, Silent
 from awq_onnx.recipe import COMPARED, Recipe
 from awq_onnx.speed import Speed
@@ -69,7 +70,8 @@ class PairReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {**asdict(self), "comparison": self.comparison.to_dict()}
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 def compare(
@@ -96,7 +98,7 @@ def compare(
 def _samples_in(calibration: Calibration) -> int:
     if isinstance(calibration, Mapping):
         calibration = np.asarray(next(iter(calibration.values()), ()))
-    return max(1, len(calibration)) if isinstance(calibration, np.ndarray) else COMPARED
+    return max(1, len(np.atleast_1d(calibration))) if isinstance(calibration, np.ndarray) else COMPARED
 
 
 @contextmanager

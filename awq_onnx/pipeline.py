@@ -49,8 +49,6 @@ from awq_onnx.tables import TableResult
 from awq_onnx.versions import versions
 
 CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
-SCALE_BYTES = 9  # of a block: its scale twice, its zero point
-STANDARD_TABLE = "standard ONNX has no node that looks up packed rows"
 COPIES = 3  # of a 4-bit model, about, in the session of an application
 
 
@@ -130,15 +128,23 @@ def quantize(
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_private_bytes,
             resident_memory_bytes=meter.peak_resident_bytes,
-            given=_given(calibration, tokenizer, machine),
+            given=_given(output, calibration, tokenizer, machine),
             versions=versions(),
         )
 
 
-def _given(calibration: Calibration, tokenizer: str | os.PathLike[str] | None, machine: Machine) -> dict[str, str]:
+def _given(
+    output: str | os.PathLike[str],
+    calibration: Calibration,
+    tokenizer: str | os.PathLike[str] | None,
+    machine: Machine,
+) -> dict[str, str] | None:
     """What the command would be given beside the recipe, by option, and no default of it."""
-    files = {"calibration": calibration, "tokenizer": tokenizer}
-    given = {name: os.fspath(one) for name, one in files.items() if isinstance(one, str | os.PathLike)}
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        return None
+    whole = os.path.join(output, "") if folder.is_folder(output) else output  # noqa: PTH118 (ends with a separator)
+    files = {"output": whole, "calibration": calibration, "tokenizer": tokenizer}
+    given = {name: os.fspath(one) for name, one in files.items() if one is not None}
     return given if machine.device == CPU else given | {"device": machine.device}
 
 

@@ -65,16 +65,17 @@ def make_plan(model: ir.Model, recipe: Recipe | None = None) -> Plan:
         )
     if recipe.format == QDQ:
         opset.check_raisable(model, qdq.OPSET)
-    chosen, refused = _tables(model.graph, survey, recipe)
     found = find_groups(survey)
-    return Plan(survey, found, _formats(found, recipe), chosen, (*survey.kept, *refused), notes)
+    formats = _formats(found, recipe)
+    chosen, refused = _tables(model.graph, formats, recipe)
+    return Plan(survey, found, formats, chosen, (*survey.kept, *refused), notes)
 
 
 def _with_whole_blocks(survey: Survey, recipe: Recipe) -> Survey:
     """Without the layers that do not fill their blocks, where the target refuses such."""
     if not recipe.runs_on.whole_blocks:
         return survey
-    odd = {site for site in survey.sites if site.K % methods.format_of(site, recipe).block_size}
+    odd = tuple(site for site in survey.sites if site.K % methods.format_of(site, recipe).block_size)
     reason = f"its inputs fill no whole blocks, which is all that {recipe.target} takes"
     return replace(
         survey,
@@ -90,27 +91,37 @@ def _formats(found: Sequence[Group], recipe: Recipe) -> dict[Site, Format]:
     return {site: methods.format_of(sites[0], recipe) for sites in layers for site in sites}
 
 
-def _tables(graph: ir.Graph, survey: Survey, recipe: Recipe) -> tuple[tuple[tuple[Table, Format], ...], list[Refusal]]:
+def _tables(
+    graph: ir.Graph, formats: Mapping[Site, Format], recipe: Recipe
+) -> tuple[tuple[tuple[Table, Format], ...], list[Refusal]]:
     """The tables to quantise, and the reasons why others stay. A table that is a layer's weight goes with the layer."""
-    packed = {site.tensor: site for site in survey.sites}
-    if recipe.format == QDQ:
-        wanted = (one for one in embedding.tables(graph) if recipe.has_size or one.tensor in packed)
-        return (), [Refusal(one.name, STANDARD_TABLE) for one in wanted]
-    if recipe.embedding_bits is None and not recipe.has_size:
-        return (), []
+    packed = {site.tensor: site for site in formats}
     chosen, refused = [], []
     for found in embedding.tables(graph):
         layer = packed.get(found.tensor)
         if layer is not None:
-            if not embedding.lookups(layer):
-                refused.append(Refusal(found.name, f"its table is the weight of {layer.name} in another form"))
-            continue
-        fmt = methods.format_of_table(found, recipe)
-        if found.reason is not None or fmt is None:
-            refused.append(Refusal(found.name, found.reason or f"its rows of {found.D} numbers fill no blocks"))
-        else:
-            chosen.append((found, fmt))
+            reason = _why_apart(layer, formats[layer], recipe)
+            refused += [] if reason is None else [Refusal(found.name, reason)]
+        elif recipe.has_size and recipe.format == QDQ:
+            refused.append(Refusal(found.name, STANDARD_TABLE))
+        elif recipe.embedding_bits is not None or recipe.has_size:
+            fmt = methods.format_of_table(found, recipe)
+            if found.reason is not None or fmt is None:
+                refused.append(Refusal(found.name, found.reason or f"its rows of {found.D} numbers fill no blocks"))
+            else:
+                chosen.append((found, fmt))
     return tuple(chosen), refused
+
+
+def _why_apart(layer: Site, fmt: Format, recipe: Recipe) -> str | None:
+    """Why the packed weight of a layer cannot be the table as well, which then stays beside it."""
+    if recipe.format == QDQ:
+        return STANDARD_TABLE
+    if not embedding.lookups(layer):
+        return f"its table is the weight of {layer.name} in another form"
+    if not methods.packed_lookups(layer, recipe) or layer.K % fmt.stored_block_size:
+        return f"its rows of {layer.K} numbers fill no blocks; the weight of {layer.name} is packed beside it"
+    return None
 
 
 def _brought_out(model: ir.Model, choice: Choice) -> tuple[str, ...]:

@@ -191,7 +191,8 @@ class Recipe:
             raise RecipeError(
                 f"format {self.format} does not run on target {self.target}; {_listed(wants.formats)} does"
             )
-        given = {"bits": self.bits, "lm_head": self.lm_head_bits, "block_size": self.block_size}
+        given = {"bits": self.bits, "lm_head": self.lm_head_bits, "embedding": self.embedding_bits}
+        given["block_size"] = self.block_size
         for text in self.override:
             given |= {f"override {text!r}: {name}": value for name, value in parse_override(text)[1].items()}
         for name, value in given.items():

@@ -92,7 +92,8 @@ class Report:
 
     carried: the files of the model that went with it into the output folder, relative to that.
     peak_memory_bytes is private memory: what mapped files take is not in it, resident_memory_bytes has both. given:
-    what the command was given beside the recipe, by option. versions: of what computed, by package.
+    what the command was given beside the recipe, by option;
+    None where data in memory were among it. versions: of what computed, by package.
     """
 
     model: str
@@ -115,7 +116,7 @@ class Report:
     peak_memory_bytes: int | None = None
     resident_memory_bytes: int | None = None
     carried: tuple[str, ...] = ()
-    given: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, str] | None = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
 
@@ -133,14 +134,25 @@ class Report:
         """The report that `to_json` wrote. Raises ReportFileError where it is none."""
         try:
             report: Report = built(cls, json.loads(text), "the report")
-        except (ValueError, RecursionError) as error:
+            report.check()
+        except (ValueError, ArithmeticError, RecursionError) as error:
             raise ReportFileError(f"this is no report that awq-onnx --json printed: {error}") from error
         return report
 
-    def command(self) -> list[str]:
-        """The words of the command that does the same again."""
+    def check(self) -> None:
+        """Raises ValueError where it is not whole."""
+        if not self.matmuls:
+            raise ValueError("it has no matmuls")
+        for group in self.groups:
+            if not group.matmuls or len(group.losses) != len(group.alphas):
+                raise ValueError("it has a group without matmuls, or with losses of other alphas")
+
+    def command(self) -> list[str] | None:
+        """The words of the command that does the same again; None where it had data from memory."""
+        if self.model == IN_MEMORY or self.given is None:
+            return None
         given = [word for name, value in self.given.items() for word in option(name, value)]
-        return ["awq-onnx", self.model, "-o", self.output, *given, *self.recipe.arguments()]
+        return ["awq-onnx", self.model, *given, *self.recipe.arguments()]
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""

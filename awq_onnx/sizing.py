@@ -36,7 +36,6 @@ from awq_onnx.threads import Spread, Workers, usable_cores
 
 FEEDS = 2  # of the calibration data, some sequences each
 BITS = (4, 2, 8)  # the first of these and of the block sizes is the format that is tried
-LOOKED_UP_BITS = (4, 8)  # of an embedding, and of a layer that makes logits
 BLOCK_SIZES = (32, 16, 64, 128)
 NODE_BYTES = 2048  # more than a node with its metadata takes
 MEASURING = 0.5  # of the work, about; the rest is estimating
@@ -97,7 +96,8 @@ def items_of(
     for group in plan:
         for sites in groups.layers_of(group):
             first, plain = sites[0], formats[sites[0]]
-            gathers = tuple(methods.packed_lookups(first, recipe))
+            fills = first.K % plain.stored_block_size == 0
+            gathers = tuple(methods.packed_lookups(first, recipe)) if fills else ()
             fixed = any(recipe.overrides(site.name) for site in sites)
             given = recipe.lm_head_bits if first.is_head else None
             bits = _bits(given, recipe, looked_up=first.is_head or bool(gathers))
@@ -113,7 +113,7 @@ def items_of(
 def _bits(given: int | None, recipe: Recipe, *, looked_up: bool) -> tuple[int, ...]:
     if given is not None:
         return (given,)
-    return tuple(bits for bits in (LOOKED_UP_BITS if looked_up else BITS) if bits in recipe.all_bits)
+    return tuple(bits for bits in (methods.LOOKED_UP_BITS if looked_up else BITS) if bits in recipe.all_bits)
 
 
 def _offered(plain: Format, bits: Sequence[int], recipe: Recipe, filled: int | None) -> tuple[Format, ...]:
@@ -128,7 +128,8 @@ def _offered(plain: Format, bits: Sequence[int], recipe: Recipe, filled: int | N
 def wanted_bytes(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> int:
     """About what the model will take, in the formats that are told or up to the target."""
     others = _others_bytes(items, opened)
-    return others + _budget_bytes(items, others, recipe)
+    most = sum(max(_bytes(item, fmt, recipe) for fmt in item.formats) for item in items)
+    return others + min(_budget_bytes(items, others, recipe), most)
 
 
 def check(items: Sequence[Item], opened: OpenedModel, recipe: Recipe) -> None:

@@ -37,8 +37,8 @@ class Target:
 CPU = "cpu"
 TARGETS = {
     CPU: Target(),
-    "cuda": Target(bits=(4, 8), block_sizes=(16, 32, 64, 128)),
-    "web": Target(bits=(4,), block_sizes=(32, 64, 128), in_browser=True),
+    "cuda": Target(bits=(4, 8), block_sizes=(16, 32, 64, 128), bias_inside=False),
+    "web": Target(bits=(4,), block_sizes=(32, 64, 128), bias_inside=False, in_browser=True),
     "dml": Target(bits=(4, 8), tells_zero_points=True, bias_inside=False),
     "tensorrt": Target(
         format=QDQ,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from awq_onnx.cli import main
 from awq_onnx.cli.alike import alike, pattern
 
 QUICK = Recipe(samples=2, sequence_length=8)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -104,3 +107,22 @@ def test_the_settings_of_quantising_are_taken(source: Path, capsys: pytest.Captu
     assert "/lm_head/MatMul " in text
     assert "Left alone    7 layers, /layers.0/q_proj/MatMul first: --exclude */layers.0/* names it\n" in text
     assert shown(capsys, source, "--bits", "3", code=2).startswith("awq-onnx: argument --bits: invalid choice: 3")
+
+
+def test_a_size_that_cannot_be_reached_is_told_as_by_quantising(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "target_size 20 kB is too small" in shown(capsys, source, "--target-size", "20KB", code=2)
+
+
+def test_where_formats_are_chosen_the_bytes_of_a_layer_are_open(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [line for line in shown(capsys, source, "--target-size", "10MB").splitlines() if "q_proj" in line]
+    assert [row.split()[-5:] for row in rows] == [["-", "-", "33", "kB", "-"]]
+
+
+def test_a_reader_who_has_seen_enough_is_no_fault(source: Path) -> None:
+    program = f"{sys.executable} -m awq_onnx inspect {source} --json | head -c 1"
+    ended = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (ended.stdout, ended.stderr) == ("{", "")

@@ -351,15 +351,16 @@ def test_what_the_command_was_given_is_told(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((4, 8, 64)).astype(np.float32))
     model = norm_and_readers().model()
     report = report_of(model, tmp_path, replace(QUICK, allow_mul=True), calibration=tmp_path / "x.npz")
-    assert report.given == {"calibration": str(tmp_path / "x.npz")}
+    assert report.given == {"output": str(tmp_path / "out.onnx"), "calibration": str(tmp_path / "x.npz")}
     assert report.command() == [
         "awq-onnx",
         str(tmp_path / "model.onnx"),
-        "-o",
+        "--output",
         str(tmp_path / "out.onnx"),
         "--calibration",
         str(tmp_path / "x.npz"),
         *("--accuracy-level", "0", "--allow-mul", "--samples", "2", "--sequence-length", "8"),
     ]
-    assert report_of(model, tmp_path, overwrite=True, **given(model)).given == {}
+    of_memory = report_of(model, tmp_path, overwrite=True, **given(model))
+    assert of_memory.given is of_memory.command() is None
     assert report.versions["numpy"] == np.__version__

@@ -88,3 +88,21 @@ def test_a_size_for_the_model_leaves_no_block_size_to_choose() -> None:
     with pytest.raises(RecipeError, match="leave these out"):
         Recipe(target="qnn", target_bits=4.5, bits=8)
     assert Recipe(target="qnn", target_bits=4.5, block_size=WHOLE_COLUMN).has_size
+
+
+def test_tables_get_what_the_target_reads_too() -> None:
+    with pytest.raises(RecipeError, match="embedding 8 does not run on target web"):
+        Recipe(target="web", embedding="8")
+    assert Recipe(target="web", embedding="4").embedding_bits == 4
+
+
+@pytest.mark.parametrize("name", ["cuda", "web", "dml"])
+def test_kernels_that_knew_no_bias_get_an_add(tmp_path: Path, name: str) -> None:
+    builder = GraphBuilder()
+    builder.input("x", ["batch", 64])
+    bias = builder.constant(np.ones(32), "bias")
+    builder.output(builder.add("Gemm", "x", builder.weight(64, 32), bias, name="layer"), ["batch", 32])
+    recipe = Recipe(target=name, samples=2)
+    awq_onnx.quantize(save(builder.model(), tmp_path / "model.onnx"), tmp_path / "out.onnx", recipe)
+    ops = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert ops == ["MatMulNBits", "Add"]

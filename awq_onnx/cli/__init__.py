@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 
 from awq_onnx.errors import AwqOnnxError, InternalError
 
-INTERRUPTED = 130
+INTERRUPTED, CLOSED_PIPE = 130, 141
 TRACEBACK = "AWQ_ONNX_TRACEBACK"  # in the environment: show the traceback of a fault of ours
 QUANTIZE = "quantize"  # what is meant where no command is named
 COMMANDS = (QUANTIZE, "compare", "inspect", "report")
@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
     try:
-        sys.exit(command.run(arguments))
+        code = command.run(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)
     except AwqOnnxError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

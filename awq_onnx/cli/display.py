@@ -43,7 +43,7 @@ class Display:
             from rich import progress
 
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
+                progress.TextColumn("{task.description}", markup=False),
                 progress.BarColumn(bar_width=24),
                 progress.TaskProgressColumn(),
                 progress.TimeElapsedColumn(),
@@ -62,7 +62,7 @@ class Display:
 
     def stage(self, title: str) -> None:
         if self._bar is None:
-            self._console.print(f"{title} ...", highlight=False, soft_wrap=True)
+            self._console.print(f"{title} ...", highlight=False, markup=False, soft_wrap=True)
             return
         self._finish_task()
         self._task = self._bar.add_task(title, total=1.0)
@@ -72,7 +72,7 @@ class Display:
             self._bar.advance(self._task, fraction)
 
     def note(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _finish_task(self) -> None:
         """A stage that ended shows as full, whether or not it told its progress."""

@@ -129,8 +129,11 @@ def _shape(one: Layer) -> tuple[object, ...]:
 def _place(one: Layer) -> str:
     """Where the scale of a layer goes."""
     from awq_onnx.inspection import PackedLayer
+    from awq_onnx.passes.packed import LOOKUP
 
     told = one.label if isinstance(one, PackedLayer) else one
+    if one.op_type in (LOOKUP, "Gather"):
+        return "Tables of embeddings"
     if told is None:
         return "Scale unknown"
     if told.folded_into is None:
@@ -154,7 +157,8 @@ def _cells(layers: Sequence[Layer]) -> list[str]:
 
 
 def _sizes(layers: Sequence[PlannedLayer]) -> list[str]:
-    return [size_text(sum(one.size_bytes for one in layers)), size_text(sum(one.packed_bytes for one in layers))]
+    packed = [one.packed_bytes for one in layers if one.packed_bytes is not None]
+    return [size_text(sum(one.size_bytes for one in layers)), size_text(sum(packed)) if packed else UNKNOWN]
 
 
 def _errors(layers: Sequence[PackedLayer]) -> list[str]:

@@ -10,7 +10,7 @@ from awq_onnx import page
 from awq_onnx._version import __version__
 from awq_onnx.cli.display import Display, two_columns
 from awq_onnx.cli.options import PROG, Parser, add_machine, add_number, add_recipe, machine_of, recipe_of
-from awq_onnx.errors import OutputError
+from awq_onnx.errors import ModelFileError, OutputError
 
 if TYPE_CHECKING:
     from awq_onnx.report import Report
@@ -126,6 +126,8 @@ def interrupted(arguments: argparse.Namespace) -> str:
 def _output(arguments: argparse.Namespace) -> str:
     given: str | None = arguments.output
     model: Path = arguments.model
+    if not model.name:
+        raise ModelFileError(f"{model} is a folder; name a .onnx file")
     return str(model.with_name(f"{model.stem}_int4.onnx")) if given is None else given
 
 

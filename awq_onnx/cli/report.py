@@ -50,6 +50,8 @@ def interrupted(arguments: argparse.Namespace) -> str:  # noqa: ARG001
 def _place(arguments: argparse.Namespace) -> Path:
     given: Path | None = arguments.output
     source: Path = arguments.source
+    if not source.name:
+        raise ReportFileError(f"{source} is a folder; name the JSON of a run, or a .onnx file")
     return given or source.with_suffix(page.SUFFIXES[0])
 
 

@@ -11,7 +11,7 @@ from awq_onnx.comparison import Comparison
 from awq_onnx.footprint import Footprint
 from awq_onnx.passes.sites import Refusal
 from awq_onnx.recipe import Recipe
-from awq_onnx.report import IN_MEMORY, GroupReport, MatMulReport, Report, TableReport
+from awq_onnx.report import GroupReport, MatMulReport, Report, TableReport
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,5 @@ class Content:
     def of(cls, report: Report) -> Content:
         """All of a report."""
         values = {name: getattr(report, name) for name in cls.__dataclass_fields__ if name != "command"}
-        return cls(**values, command=None if report.model == IN_MEMORY else shlex.join(report.command()))
+        command = report.command()
+        return cls(**values, command=None if command is None else shlex.join(command))

@@ -53,7 +53,7 @@ def _multiplied(node: ir.Node) -> Packed:
 def _looked_up(node: ir.Node) -> Packed:
     codes, scales, zero_points = _inputs(node, 0, 2, 3)
     block_size, known = node.attributes.get_int("block_size", 128), constant(scales)
-    V, blocks = known.shape.numpy() if known is not None else (None, None)
+    V, blocks = known.shape.numpy() if known is not None and len(known.shape) == 2 else (None, None)
     D = blocks and blocks * block_size
     return Packed(node, node, codes, scales, zero_points, D, V, node.attributes.get_int("bits", 4), block_size)
 

@@ -131,10 +131,27 @@ def test_without_lm_head_a_table_stays_whatever_becomes_of_the_logits(tmp_path: 
     assert node_of(onnx.load(path), "/embed_tokens/Gather").op_type == "Gather"
 
 
+def test_rows_get_blocks_that_they_fill(tmp_path: Path) -> None:
+    """48 numbers fill none of 32."""
+    report, path = quantized(tied(width=48), tmp_path, "8")
+    after = onnx.load(path)
+    assert node_of(after, "/embed_tokens/Gather").op_type == "GatherBlockQuantized"
+    assert {one.block_size for one in report.matmuls if one.name == "/lm_head/MatMul"} == {16}
+    assert {one.block_size for one in report.matmuls if one.name != "/lm_head/MatMul"} == {32}
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_that_do_not_fill_their_blocks_keep_the_table(tmp_path: Path, bits: str) -> None:
-    model = tied(width=48)
-    _, path = quantized(model, tmp_path, bits)
+def test_rows_that_fill_no_blocks_keep_the_table(tmp_path: Path, bits: str) -> None:
+    model = tied(width=40)
+    report, path = quantized(model, tmp_path, bits)
+    assert [(one.what, one.reason) for one in report.kept] == [
+        (
+            "/embed_tokens/Gather",
+            "its rows of 40 numbers fill no blocks; the weight of /lm_head/MatMul is packed beside it",
+        )
+    ]
+    predicted = awq_onnx.inspect(tmp_path / "model.onnx", Recipe(lm_head=bits)).predicted_bytes
+    assert predicted == pytest.approx(report.size_after_bytes, rel=0.2)  # the graph counts, it is small
     after = onnx.load(path)
     assert node_of(after, "/lm_head/MatMul").op_type == "MatMulNBits"
     assert node_of(after, "/embed_tokens/Gather").op_type == "Gather"
