@@ -9,7 +9,7 @@ from pathlib import Path
 import npm
 import numpy as np
 import pytest
-from conftest import Row
+from rows import Row
 from trained import last_logits, prompt_ids
 
 pytestmark = pytest.mark.clients

@@ -19,8 +19,8 @@ import onnx
 import pytest
 import wheels
 from builders import Array, GraphBuilder, decoder_feed, norm_and_readers, run, save, tiny_decoder
-from conftest import Row  # type: ignore[attr-defined]
 from onnx import helper
+from rows import Row
 
 import awq_onnx
 from awq_onnx import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browser import Tab, chromium, tab
 from builders import save, tiny_decoder
-from clients.conftest import Row  # type: ignore[import-not-found]
+from rows import Row
 
 import awq_onnx
 from awq_onnx import Recipe, Report, page
