@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 WEB_MODEL = Path("onnx") / "model_q4.onnx"  # in the folder that --target web makes of a model.onnx
 PROMPT = "The three largest cities of France are"
 NEW_TOKENS = 24
+UNPACKED = {"disable_quant_qdq": "1"}  # a session that unpacks weights of QDQ once, as WebAssembly wants
 LITTLE = Recipe(quality="fast", samples=4, sequence_length=32)  # calibration enough for clients
 
 _greedy = runpy.run_path(str(ROOT / "examples" / "side_by_side.py"))["greedy"]

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import npm
 import pytest
 import rows
-from chromium import browse
+from chromium import EXAMPLE, browse, served
 from rows import Row
-from trained import NEW_TOKENS, PROMPT, ROOT, WEB_MODEL, greedy_text
+from trained import NEW_TOKENS, PROMPT, UNPACKED, WEB_MODEL, greedy_text
 
-EXAMPLE = ROOT / "examples" / "browser"
-UNPACKED = {"disable_quant_qdq": "1"}  # as worker.js sets it on WebAssembly
 SAME = "the text of plain onnxruntime"
 PAGE = Path(__file__).with_name("page.cjs")
-SERVE = runpy.run_path(str(EXAMPLE / "serve.py"))["server"]
 REFERENCE = re.compile(r'(?:(?:src=|href=|Worker\()"(?!data:)|"(?=\./))([^"]+)"')  # in HTML and in JavaScript
 
 
@@ -119,19 +113,6 @@ def test_the_server_gives_nothing_outside_its_folders(tmp_path: Path, path: str)
         connection.request("GET", "/" + path)
         assert connection.getresponse().status == 404
         connection.close()
-
-
-@contextmanager
-def served(model: Path, modules: Path) -> Iterator[str]:
-    """The address of the page, beside a folder with a model."""
-    with SERVE(model, modules) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def opened(url: str) -> Message:

@@ -11,14 +11,16 @@ from typing import Any
 import npm
 import numpy as np
 import pytest
+from chromium import browse, served
 from numpy.typing import NDArray
 from rows import Row
-from trained import LITTLE, NEW_TOKENS, PROMPT, WEB_MODEL, greedy_text, plain_session, tokenizer_of, trained
+from trained import LITTLE, NEW_TOKENS, PROMPT, UNPACKED, WEB_MODEL, greedy_text, plain_session, tokenizer_of, trained
 
 import awq_onnx
 
 pytestmark = pytest.mark.clients
 
+PIPELINE_PAGE = Path(__file__).with_name("pipeline_page.cjs")
 PIPELINE = Path(__file__).with_name("pipeline.cjs")
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SENTENCE = "A llama is a domesticated animal of South America."
@@ -41,6 +43,19 @@ def test_it_gives_the_vectors_of_plain_onnxruntime(encoder: Path, row: Callable[
     expected = token_vectors(encoder / WEB_MODEL, encoder, SENTENCE)
     np.testing.assert_allclose(vectors, expected, atol=1e-3)
     row(told("all-MiniLM-L6-v2", "feature-extraction in node, dtype q4", "the token vectors of plain onnxruntime"))
+
+
+def test_a_browser_writes_the_text_of_plain_onnxruntime(web_qdq_smollm2: Path, row: Callable[[Row], None]) -> None:
+    """On WebAssembly, which is slow without one setting of the session."""
+    with served(web_qdq_smollm2, npm.installed(npm.TRANSFORMERS)) as url:
+        given = (PIPELINE_PAGE, url, "text-generation", json.dumps(PROMPT), json.dumps(GREEDY))
+        usual, unpacked = browse(*given, "{}"), browse(*given, json.dumps(UNPACKED))
+    expected = PROMPT + greedy_text(web_qdq_smollm2 / WEB_MODEL, web_qdq_smollm2, **UNPACKED)
+    assert [one["output"] for one in (usual, unpacked)] == [[{"generated_text": expected}]] * 2
+    gain = usual["seconds"] / unpacked["seconds"]
+    assert gain > 2
+    ran = "text-generation in Chromium, WebAssembly, `--format qdq`"
+    row(told("SmolLM2-135M", ran, f"the text of plain onnxruntime; disable_quant_qdq: {gain:.0f} times as fast"))
 
 
 @pytest.fixture(scope="module")
