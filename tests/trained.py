@@ -44,8 +44,8 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def prompt_ids(folder: Path) -> list[int]:
-    ids: list[int] = tokenizer_of(folder).encode(PROMPT, add_special_tokens=False).ids
+def prompt_ids(folder: Path, prompt: str = PROMPT) -> list[int]:
+    ids: list[int] = tokenizer_of(folder).encode(prompt, add_special_tokens=False).ids
     return ids
 
 
@@ -62,10 +62,10 @@ def greedy_ids(model: Path, ids: list[int], tokens: int = NEW_TOKENS, **settings
     return list(_greedy(plain_session(model, **settings), ids, tokens))
 
 
-def greedy_text(model: Path, folder: Path, tokens: int = NEW_TOKENS, **settings: str) -> str:
+def greedy_text(model: Path, folder: Path, prompt: str = PROMPT, tokens: int = NEW_TOKENS, **settings: str) -> str:
     """What the model writes after the prompt until it ends the text; tokenizer and generation_config.json in folder."""
     end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    made = greedy_ids(model, prompt_ids(folder), tokens, **settings)
+    made = greedy_ids(model, prompt_ids(folder, prompt), tokens, **settings)
     text: str = tokenizer_of(folder).decode(list(itertools.takewhile(lambda token: token != end, made)))
     return text
 

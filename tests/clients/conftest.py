@@ -73,6 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A test that failed, or was skipped because something is not installed, would lack its row: nothing is written."""
     made, page = session.config.stash.get(ROWS, []), rows.page()
-    if page and made and not exitstatus:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if page and made and not exitstatus and not terminal.stats.get("skipped"):
         rows.write(made, page)
