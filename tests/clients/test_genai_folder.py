@@ -61,5 +61,5 @@ def test_genai_writes_the_tokens_of_plain_onnxruntime(tmp_path: Path, row: Calla
     assert "Paris" in text
     types = {node.op_type for node in onnx.load(model, load_external_data=False).graph.node}
     assert ("GatherBlockQuantized" in types) == (lm_head != "none")
-    ran = f"genai.Model(DIR) from the builder's folder, --lm-head {lm_head}, {NEW_TOKENS} greedy tokens"
+    ran = f"genai.Model(DIR), --lm-head {lm_head}, {NEW_TOKENS} greedy tokens"
     row(Row("onnxruntime-genai", VERSION, "SmolLM2-135M (genai)", ran, "the tokens of plain onnxruntime"))

@@ -205,7 +205,7 @@ def test_the_oldest_onnxruntime_that_runs_it(tried: dict[str, Tried], form: str,
     expected = FORMS[form]
     for level, version in expected.oldest.items():
         assert version == oldest(partial(runs_rightly, form, level), tried)
-    told = ", ".join(f"level {level}: {version}" for level, version in expected.oldest.items())
+    told = ", ".join(f"{version} at level {level}" for level, version in expected.oldest.items())
     if len(set(expected.oldest.values())) == 1:
         told = next(iter(expected.oldest.values()))
     if expected.fused:

@@ -29,7 +29,7 @@ SENTENCE = "A llama is a domesticated animal of South America."
 def test_it_writes_the_text_of_plain_onnxruntime(web_smollm2: Path, row: Callable[[Row], None]) -> None:
     [answer] = run("text-generation", web_smollm2, PROMPT, GREEDY)
     assert answer["generated_text"] == PROMPT + greedy_text(web_smollm2 / WEB_MODEL, web_smollm2)
-    row(told("SmolLM2-135M", "text-generation in node, dtype q4", "the greedy text of plain onnxruntime"))
+    row(told("SmolLM2-135M", "text-generation in node", "the text of plain onnxruntime"))
 
 
 def test_it_answers_a_chat(web_smollm2: Path) -> None:
@@ -42,7 +42,7 @@ def test_it_gives_the_vectors_of_plain_onnxruntime(encoder: Path, row: Callable[
     vectors = np.array(run("feature-extraction", encoder, SENTENCE, {}))
     expected = token_vectors(encoder / WEB_MODEL, encoder, SENTENCE)
     np.testing.assert_allclose(vectors, expected, atol=1e-3)
-    row(told("all-MiniLM-L6-v2", "feature-extraction in node, dtype q4", "the token vectors of plain onnxruntime"))
+    row(told("all-MiniLM-L6-v2", "feature-extraction in node", "the token vectors of plain onnxruntime"))
 
 
 def test_a_browser_writes_the_text_of_plain_onnxruntime(web_qdq_smollm2: Path, row: Callable[[Row], None]) -> None:
