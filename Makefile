@@ -77,6 +77,7 @@ coverage: $(MODELS)
 
 # Also node and npm, and Debian's chromium.
 clients: $(MODELS)
+	$(BIN)/pip install --quiet --editable '.[clients]'
 	AWQ_ONNX_CLIENTS=1 AWQ_ONNX_CLIENTS_TABLE=docs/clients.md $(BIN)/python -m pytest tests/clients
 
 $(GPU_STAMP): pyproject.toml

@@ -1,7 +1,8 @@
 """What lies beside a model and belongs to it: found, and written for the clients that read it.
 
 onnxruntime-genai finds the model through genai_config.json; transformers.js wants to be told of the type of the weights
-and of files that keep them elsewhere (its src/utils/dtypes.js, src/utils/model-loader.js).
+and of files that keep them elsewhere (its src/utils/dtypes.js, src/utils/model-loader.js), and reads the template
+of chats in tokenizer_config.json alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_ir as ir
 ONNX = "onnx"  # the folder of the models in a repository of the hub, configurations one folder up
 WEB_CONFIG, EXTERNAL_DATA = "transformers.js_config", "use_external_data_format"  # in config.json, and in that
 CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template"  # in that, or in a file TEMPLATE.jinja
 
 COMPANIONS = (
     CONFIG,
@@ -24,7 +26,7 @@ COMPANIONS = (
     GENAI_CONFIG,
     # the tokenizer
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -32,7 +34,7 @@ COMPANIONS = (
     "*.model",
     "spiece.*",
     "normalizer.json",
-    "chat_template.*",
+    f"{TEMPLATE}.*",
     # what prepares pictures and sounds
     "*processor*.json",
     # sentence-transformers
@@ -60,7 +62,12 @@ class Companion:
         content = self.read()
         if there == content:
             return True
-        return self.target == CONFIG and _same_but_for_web(_json(there), _json(content))
+        before, after = _json(there), _json(content)
+        if before is None or after is None:
+            return False
+        if self.target == TOKENIZER_CONFIG:
+            return {TEMPLATE: after.get(TEMPLATE), **before} == after
+        return self.target == CONFIG and _same_but_for_web(before, after)
 
 
 def home(source: Path) -> Path:
@@ -84,6 +91,8 @@ def for_web(source: Path, model: ir.Model, folder: Path, name: str, dtype: str) 
             before = folder / CONFIG
             others = _json(before.read_bytes()) if before.is_file() else None
             yield replace(one, content=_web_config(one.read(), others, name, dtype, model))
+        elif one.target == TOKENIZER_CONFIG:
+            yield replace(one, content=_with_template(one.read(), home(source) / f"{TEMPLATE}.jinja"))
         elif one.target != GENAI_CONFIG:
             yield one
 
@@ -130,6 +139,14 @@ def _web_config(content: bytes, before: Mapping[str, Any] | None, name: str, dty
     return _dumped(config | {WEB_CONFIG: told})
 
 
+def _with_template(content: bytes, template: Path) -> bytes:
+    """tokenizer_config.json with the template of chats that lies in a file beside it, where it has none itself."""
+    config = _json(content)
+    if config is None or config.get(TEMPLATE) is not None or not template.is_file():
+        return content
+    return _dumped(config | {TEMPLATE: template.read_text(encoding="utf-8", errors="replace")})
+
+
 def _with_external_data(content: bytes, name: str) -> bytes:
     config = _json(content)
     if config is None:
@@ -144,9 +161,7 @@ def _external_data(told: Mapping[str, Any]) -> dict[str, Any]:
     return _object(told.get(EXTERNAL_DATA))
 
 
-def _same_but_for_web(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
-    if first is None or second is None:
-        return False
+def _same_but_for_web(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return {**first, WEB_CONFIG: None} == {**second, WEB_CONFIG: None}
 
 

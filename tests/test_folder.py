@@ -272,6 +272,43 @@ def test_the_parts_of_a_model_share_one_configuration(
     assert web_config(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param('{"pad": 1}', {"pad": 1, "chat_template": "{{ messages }} …"}, id="none"),
+        pytest.param('{"chat_template": null}', {"chat_template": "{{ messages }} …"}, id="empty"),
+        pytest.param('{"chat_template": "own"}', {"chat_template": "own"}, id="one of its own"),
+    ],
+)
+def test_transformers_js_finds_the_template_of_chats(
+    source: Path, tmp_path: Path, before: str, after: dict[str, Any]
+) -> None:
+    write_files(tmp_path / "in", {"tokenizer_config.json": before, "chat_template.jinja": "{{ messages }} …"})
+    write(source, f"{tmp_path}/out/", web=True)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == after
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }} …"
+
+
+def test_other_clients_find_it_in_its_own_file(source: Path, tmp_path: Path) -> None:
+    write(source, f"{tmp_path}/out/")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == BESIDE["tokenizer_config.json"]
+
+
+def test_a_tokenizer_without_a_template_of_chats_is_carried_over_as_it_is(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "chat_template.jinja").unlink()
+    write(source, f"{tmp_path}/out/", web=True)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == BESIDE["tokenizer_config.json"]
+
+
+def test_a_template_is_put_into_the_folder_of_other_clients_but_replaces_no_other(source: Path, tmp_path: Path) -> None:
+    write(source, f"{tmp_path}/out/")
+    write(source, f"{tmp_path}/out/", web=True)
+    assert "chat_template" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    write_files(tmp_path / "other", {"tokenizer_config.json": '{"chat_template": "mine"}'})
+    with pytest.raises(OutputError, match=r"tokenizer_config\.json exists already and is another"):
+        write(source, f"{tmp_path}/other/", web=True)
+
+
 # Nothing is lost, nothing is left
 
 

@@ -1,7 +1,7 @@
 """Serve the page beside a model: http://localhost:8000 writes sentences with it, in the browser.
 
     npm install --ignore-scripts --prefix examples/browser
-    awq-onnx model.onnx --target web -o web/
+    awq-onnx model.onnx --target web -o web/           # without a GPU: --format qdq as well
     python examples/browser/serve.py web/
 
 The folder has tokenizer.json, tokenizer_config.json and onnx/model_q4.onnx. Two headers make the difference to

@@ -10,7 +10,8 @@ const DEVICES = {
     options: { executionProviders: ["webgpu"], preferredOutputLocation: "gpu-buffer" }, // the cache stays there
   },
   // WebAssembly has no kernel for 4 bits: onnxruntime unpacks the weights of a MatMulNBits for every token. With this
-  // setting those of a DequantizeLinear (--format qdq) are unpacked once: ten times as fast, in the memory of float32.
+  // setting, of which a MatMulNBits knows nothing, those of a DequantizeLinear (--format qdq) are unpacked once, while
+  // the model is loaded: as fast as float32, several times as fast as MatMulNBits, see docs/clients.md.
   wasm: {
     runtime: "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs",
     options: { executionProviders: ["wasm"], extra: { session: { disable_quant_qdq: "1" } } },

@@ -1,47 +1,28 @@
-"""The table of clients: each test of one adds a row, `make clients` writes docs/clients.md of them."""
+"""Models that several clients open, and the rows that their tests add to the table."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trained import trained
-from web import write_web_folder
+import rows
+from rows import Row
+from trained import LITTLE, trained
 
 import awq_onnx
-from awq_onnx import Recipe
-
-TABLE = "AWQ_ONNX_CLIENTS_TABLE"  # in the environment: the page to write
-BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"  # in the page, around the table
-
-
-@dataclass(frozen=True, order=True)
-class Row:
-    """What one client did with a model of ours."""
-
-    client: str
-    version: str
-    model: str
-    ran: str
-    result: str
-
 
 ROWS = pytest.StashKey[list[Row]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
 
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     """Called at the end of a test, with what is to stand in the table."""
-    rows = request.config.stash.setdefault(ROWS, [])
-    return rows.append
+    return request.config.stash.setdefault(ROWS, []).append
 
 
 @pytest.fixture(scope="session")
@@ -52,21 +33,34 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def int4_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """SmolLM2 in 4 bits, its weights in a file of their own. Little calibration does for clients."""
-    output = tmp_path_factory.mktemp("int4") / "model_int4.onnx"
-    awq_onnx.quantize(smollm2, output, Recipe(quality="fast", samples=4, sequence_length=32))
-    yield output
-    for path in output.parent.iterdir():  # pytest keeps folders of several runs, and this one is large
-        path.unlink()
+    """SmolLM2 in 4 bits, its weights in a file of their own."""
+    with removed(tmp_path_factory.mktemp("int4")) as folder:
+        yield Path(awq_onnx.quantize(smollm2, folder / "model_int4.onnx", LITTLE).output)
 
 
 @pytest.fixture(scope="session")
 def web_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with SmolLM2 in 4 bits as transformers.js wants it."""
-    folder = tmp_path_factory.mktemp("web") / "smollm2"
-    write_web_folder(smollm2, folder)
-    yield folder
-    shutil.rmtree(folder)
+    """A folder with SmolLM2 in 4 bits, as browsers load it."""
+    with removed(tmp_path_factory.mktemp("web")) as folder:
+        awq_onnx.quantize(smollm2, folder, replace(LITTLE, target="web"))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def web_qdq_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same in standard ONNX."""
+    with removed(tmp_path_factory.mktemp("web_qdq")) as folder:
+        awq_onnx.quantize(smollm2, folder, replace(LITTLE, target="web", format="qdq"))
+        yield folder
+
+
+@contextmanager
+def removed(folder: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards: pytest keeps those of several runs, and these are large."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,11 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    rows, page = session.config.stash.get(ROWS, []), os.environ.get(TABLE)
-    if page is None or exitstatus or not rows:
-        return
-    before, _, rest = Path(page).read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    lines = ["| client | version | model | what was run | result |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(astuple(one)) + " |" for one in sorted(rows)]
-    Path(page).write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}")
+    """A test that failed, or was skipped because something is not installed, would lack its row: nothing is written."""
+    made, page = session.config.stash.get(ROWS, []), rows.page()
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if page and made and not exitstatus and not terminal.stats.get("skipped"):
+        rows.write(made, page)

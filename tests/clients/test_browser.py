@@ -4,54 +4,67 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import npm
 import pytest
-from chromium import browse
-from conftest import Row
-from trained import NEW_TOKENS, PROMPT, ROOT, greedy_text
-from web import MODEL
+import rows
+from chromium import EXAMPLE, browse, served
+from rows import Row
+from trained import NEW_TOKENS, UNPACKED, WEB_MODEL, greedy_text
 
-EXAMPLE = ROOT / "examples" / "browser"
+PROMPT = "A neural network is"  # what follows makes sense even after little calibration
+SAME = "the text of plain onnxruntime"
 PAGE = Path(__file__).with_name("page.cjs")
-SERVE = runpy.run_path(str(EXAMPLE / "serve.py"))["server"]
 REFERENCE = re.compile(r'(?:(?:src=|href=|Worker\()"(?!data:)|"(?=\./))([^"]+)"')  # in HTML and in JavaScript
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize(
-    ("gpu", "tokens", "runs_on"),
-    [("none", NEW_TOKENS, "CPU"), ("software", 3, "WebGPU")],
-    ids=["WebAssembly", "WebGPU"],
-)
-def test_the_page_writes_the_sentence_of_plain_onnxruntime(
-    gpu: str, tokens: int, runs_on: str, web_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
+def test_the_page_writes_the_sentence_of_plain_onnxruntime_on_webassembly(
+    web_smollm2: Path, web_qdq_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
 ) -> None:
-    with served(web_smollm2, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
-        shown = browse(PAGE, gpu, url, PROMPT, tokens, tmp_path)
+    """In both formats, which hold the same numbers and are both computed in floats there; one is much faster."""
+    packed, unpacked = (written(folder, tmp_path) for folder in (web_smollm2, web_qdq_smollm2))
+    plain = greedy_text(web_qdq_smollm2 / WEB_MODEL, web_qdq_smollm2, PROMPT, **UNPACKED)
+    assert packed["written"] == unpacked["written"] == plain
+    assert packed["device"] == unpacked["device"]
+    assert packed["device"].startswith("CPU")
+    if page := rows.page():
+        shutil.copy(tmp_path / "wide-light.png", page.with_name("browser.png"))
+    slow, fast = float(packed["speed"]), float(unpacked["speed"])
+    assert fast > 2 * slow
+    row(told("WebAssembly", f"{SAME} in floats, {NEW_TOKENS} tokens"))
+    row(told("WebAssembly, `--format qdq`", f"the same text, {fast / slow:.0f} times as many tokens/s"))
+
+
+@pytest.mark.clients
+def test_the_page_writes_the_sentence_of_plain_onnxruntime_on_webgpu(
+    web_smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
+) -> None:
+    """A GPU in software is slow: a few words do."""
+    shown = written(web_smollm2, tmp_path, gpu="software", tokens=3)
+    assert shown["written"] == greedy_text(web_smollm2 / WEB_MODEL, web_smollm2, PROMPT, tokens=3)
+    assert shown["device"] == "WebGPU"
+    row(told("WebGPU (a GPU in software)", f"{SAME}, 3 tokens"))
+
+
+def written(model: Path, pictures: Path, *, gpu: str = "none", tokens: int = NEW_TOKENS) -> dict[str, str]:
+    """What the page shows in the end."""
+    with served(model, npm.installed(npm.ORT_WEB, npm.TOKENIZERS)) as url:
+        shown: dict[str, str] = browse(PAGE, gpu, url, PROMPT, tokens, pictures)
     assert not shown["problems"]
-    assert shown["written"] == greedy_text(web_smollm2 / MODEL, web_smollm2, tokens)
-    assert shown["device"].startswith(runs_on)
-    assert len(list(tmp_path.glob("*.png"))) == 4
-    how = {"CPU": "WebAssembly", "WebGPU": "WebGPU on a GPU in software"}[runs_on]
-    row(
-        Row(
-            client="onnxruntime-web",
-            version=npm.version(npm.ORT_WEB),
-            model="SmolLM2-135M",
-            ran=f"examples/browser in headless Chromium, {how}",
-            result=f"the greedy text of plain onnxruntime, {tokens} tokens",
-        )
-    )
+    assert len(list(pictures.glob("*.png"))) == 4
+    return shown
+
+
+def told(where: str, result: str) -> Row:
+    return Row("onnxruntime-web", npm.version(npm.ORT_WEB), "SmolLM2-135M", f"examples/browser, {where}", result)
 
 
 @pytest.mark.clients
@@ -99,19 +112,6 @@ def test_the_server_gives_nothing_outside_its_folders(tmp_path: Path, path: str)
         connection.request("GET", "/" + path)
         assert connection.getresponse().status == 404
         connection.close()
-
-
-@contextmanager
-def served(model: Path, modules: Path) -> Iterator[str]:
-    """The address of the page, beside a folder with a model."""
-    with SERVE(model, modules) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def opened(url: str) -> Message:

@@ -12,10 +12,9 @@ from pathlib import Path
 import onnx
 import pytest
 import wheels
-from conftest import Row  # type: ignore[attr-defined]
-from exports import greedy_ids, prompt_ids, trained
+from rows import Row
+from trained import NEW_TOKENS, greedy_ids, prompt_ids, trained
 
-TOKENS = 24
 END = 2  # the token that ends a text, which genai leaves out
 VERSION = "0.14.1"
 
@@ -40,7 +39,7 @@ print(json.dumps({"tokens": [int(token) for token in made], "text": genai.Tokeni
 def generate(folder: Path, ids: list[int]) -> tuple[list[int], str]:
     """What genai writes after `ids`, with nothing but the folder."""
     environment = os.environ | {"PYTHONPATH": str(wheels.installed(f"onnxruntime-genai=={VERSION}"))}
-    command = [sys.executable, "-c", GENERATE, str(folder), json.dumps(ids), str(TOKENS)]
+    command = [sys.executable, "-c", GENERATE, str(folder), json.dumps(ids), str(NEW_TOKENS)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
@@ -57,10 +56,10 @@ def test_genai_writes_the_tokens_of_plain_onnxruntime(tmp_path: Path, row: Calla
     subprocess.run([*command, *little], check=True, stdout=subprocess.PIPE)
     ids, model = prompt_ids(source.parent), tmp_path / "int4" / "model.onnx"
     tokens, text = generate(tmp_path / "int4", ids)
-    plain = greedy_ids(model, ids, TOKENS)
-    assert tokens == plain[: plain.index(END) if END in plain else TOKENS]
+    plain = greedy_ids(model, ids)
+    assert tokens == plain[: plain.index(END) if END in plain else NEW_TOKENS]
     assert "Paris" in text
     types = {node.op_type for node in onnx.load(model, load_external_data=False).graph.node}
     assert ("GatherBlockQuantized" in types) == (lm_head != "none")
-    ran = f"genai.Model(DIR) from the builder's folder, --lm-head {lm_head}, {TOKENS} greedy tokens"
+    ran = f"genai.Model(DIR), --lm-head {lm_head}, {NEW_TOKENS} greedy tokens"
     row(Row("onnxruntime-genai", VERSION, "SmolLM2-135M (genai)", ran, "the tokens of plain onnxruntime"))

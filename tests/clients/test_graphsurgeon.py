@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from builders import Array, decoder_feed, run, save, tiny_decoder
-from conftest import Row  # type: ignore[attr-defined]
+from rows import Row
 
 import awq_onnx
 from awq_onnx import Recipe

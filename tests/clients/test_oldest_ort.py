@@ -5,12 +5,14 @@ Every version is installed into a folder of the cache, once: about 18 MB to down
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,15 @@ import onnx
 import pytest
 import wheels
 from builders import Array, GraphBuilder, decoder_feed, norm_and_readers, run, save, tiny_decoder
-from conftest import Row  # type: ignore[attr-defined]
 from onnx import helper
+from rows import Row
 
 import awq_onnx
 from awq_onnx import Recipe
 
 pytestmark = pytest.mark.clients
 
+MATMULNBITS, GATHER, DEQUANTIZE = "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"
 VERSIONS = (
     "1.17.0",
     "1.17.3",
@@ -67,16 +70,16 @@ def gemm() -> onnx.ModelProto:
 class Form:
     """What is written, and the oldest of `VERSIONS` that runs it rightly as all later ones do, by accuracy level.
 
-    op_type: what must be in the graph.
+    op_type: what must be in the graph. fused: the oldest version that makes a MatMulNBits of it while it loads.
     """
 
     oldest: Mapping[int, str]
     model: Callable[[], onnx.ModelProto] = layers
     settings: Mapping[str, Any] = field(default_factory=dict)
-    op_type: str = "MatMulNBits"
+    op_type: str = MATMULNBITS
+    fused: str | None = None
 
 
-GATHER = "GatherBlockQuantized"
 FORMS = {
     "MatMulNBits, 4 bits, zero points": Form({0: "1.17.0", 4: "1.17.0"}),
     "MatMulNBits, 4 bits, symmetric": Form({0: "1.17.0", 4: "1.17.0"}, settings={"symmetric": True}),
@@ -86,6 +89,10 @@ FORMS = {
     "MatMulNBits, 2 bits": Form({0: "1.24.1", 4: "1.24.1"}, settings={"bits": 2}),
     "embedding, 4 bits": Form({0: "1.23.2", 4: "1.23.2"}, tiny_decoder, {"embedding": "4"}, GATHER),
     "embedding, 8 bits": Form({0: "1.23.2", 4: "1.23.2"}, tiny_decoder, {"embedding": "8"}, GATHER),
+    "QDQ, 4 bits, zero points": Form({4: "1.19.2"}, layers, {"format": "qdq"}, DEQUANTIZE, "1.19.2"),
+    "QDQ, 4 bits, symmetric": Form({4: "1.19.2"}, layers, {"format": "qdq", "symmetric": True}, DEQUANTIZE, "1.19.2"),
+    "QDQ, 8 bits": Form({4: "1.19.2"}, layers, {"format": "qdq", "bits": 8}, DEQUANTIZE, "1.25.1"),
+    "QDQ, whole columns": Form({4: "1.19.2"}, layers, {"format": "qdq", "block_size": -1}, DEQUANTIZE, "1.25.1"),
 }
 
 # Runs in a process of its own, with the onnxruntime that comes first on its path; knows nothing of awq-onnx.
@@ -96,7 +103,10 @@ import numpy, onnxruntime
 told = {}
 for folder in sys.argv[1:]:
     try:
-        session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = folder + "/loaded.onnx"
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(folder + "/model.onnx", options, providers=["CPUExecutionProvider"])
         made = session.run(None, dict(numpy.load(folder + "/feed.npz")))
         numpy.savez(folder + "/made.npz", **{one.name: y for one, y in zip(session.get_outputs(), made)})
         told[folder] = ""
@@ -119,6 +129,11 @@ class Written:
         """What the version that ran last has made."""
         made = np.load(self.folder / "made.npz")
         return all(self._is_near(made[name], values) for name, values in self.expected.items())
+
+    def is_fused(self) -> bool:
+        """Whether the version that ran last has made MatMulNBits of all weights."""
+        types = {node.op_type for node in onnx.load(self.folder / "loaded.onnx", load_external_data=False).graph.node}
+        return MATMULNBITS in types and DEQUANTIZE not in types
 
     def _is_near(self, made: Array, expected: Array) -> bool:
         difference = np.abs(made.astype(np.float64) - expected).max() / np.abs(expected).max()
@@ -152,13 +167,21 @@ def inputs_of(model: onnx.ModelProto) -> dict[str, Array]:
     return {first.name: rng.standard_normal((3,) * len(free) + (K.dim_value,)).astype(dtype)}
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What one version does: forms and accuracy levels that it runs rightly, and forms that it fuses."""
+
+    right: set[tuple[str, int]]
+    fused: set[str]
+
+
 @pytest.fixture(scope="module")
-def right(written: list[Written]) -> dict[str, set[tuple[str, int]]]:
-    """The forms that each version runs rightly, by version."""
+def tried(written: list[Written]) -> dict[str, Tried]:
+    """By version, from the oldest on."""
     return {version: run_on(version, written) for version in VERSIONS}
 
 
-def run_on(version: str, written: list[Written]) -> set[tuple[str, int]]:
+def run_on(version: str, written: list[Written]) -> Tried:
     needed = [f"onnxruntime=={version}", *([NUMPY] if version in BEFORE_NUMPY_2 else [])]
     path = {"PYTHONPATH": os.pathsep.join(str(wheels.installed(one)) for one in needed)}
     command = [sys.executable, "-c", SCRIPT, *(str(one.folder) for one in written)]
@@ -166,28 +189,47 @@ def run_on(version: str, written: list[Written]) -> set[tuple[str, int]]:
     assert ended.returncode == 0, f"{ended.returncode}: {ended.stderr}"
     answer = json.loads(ended.stdout.splitlines()[-1])
     assert answer["version"] == version
-    ran = (one for one in written if not answer["told"][str(one.folder)])
-    return {(one.form, one.accuracy_level) for one in ran if one.is_right()}
+    right = [one for one in written if not answer["told"][str(one.folder)] and one.is_right()]
+    return Tried({(one.form, one.accuracy_level) for one in right}, {one.form for one in right if one.is_fused()})
+
+
+def oldest(does: Callable[[Tried], bool], tried: Mapping[str, Tried]) -> str:
+    """The version from which on all do it."""
+    *_, first = itertools.takewhile(lambda version: does(tried[version]), reversed(VERSIONS))
+    return first
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_oldest_onnxruntime_that_runs_it(
-    right: dict[str, set[tuple[str, int]]], form: str, row: Callable[[Row], None]
-) -> None:
+def test_the_oldest_onnxruntime_that_runs_it(tried: dict[str, Tried], form: str, row: Callable[[Row], None]) -> None:
     """It and all that came after it, not the one before it."""
-    for level, oldest in FORMS[form].oldest.items():
-        start = VERSIONS.index(oldest)
-        assert all((form, level) in right[version] for version in VERSIONS[start:])
-        assert start == 0 or (form, level) not in right[VERSIONS[start - 1]]
-    told = " and ".join(f"{oldest} (accuracy level {level})" for level, oldest in FORMS[form].oldest.items())
-    ran = f"outputs of the newest; tried {VERSIONS[0]} to {VERSIONS[-1]}"
-    row(Row("onnxruntime, oldest", ", ".join(sorted(set(FORMS[form].oldest.values()))), form, ran, f"from {told} on"))
+    expected = FORMS[form]
+    for level, version in expected.oldest.items():
+        assert version == oldest(partial(runs_rightly, form, level), tried)
+    told = ", ".join(f"{version} at level {level}" for level, version in expected.oldest.items())
+    if len(set(expected.oldest.values())) == 1:
+        told = next(iter(expected.oldest.values()))
+    if expected.fused:
+        assert expected.fused == oldest(partial(fuses, form), tried)
+        told += f"; made into MatMulNBits from {expected.fused} on"
+    row(Row("onnxruntime, oldest", f"{VERSIONS[0]} to {VERSIONS[-1]}", form, "outputs of the newest", f"from {told}"))
+
+
+def runs_rightly(form: str, accuracy_level: int, tried: Tried) -> bool:
+    return (form, accuracy_level) in tried.right
+
+
+def fuses(form: str, tried: Tried) -> bool:
+    return form in tried.fused
 
 
 def test_opset_and_ir_version_are_those_of_the_original(written: list[Written]) -> None:
-    """So that they ask for no newer onnxruntime than the original does."""
+    """So that they ask for no newer onnxruntime than the original does; QDQ for none newer than its 4 bits do."""
     for one in written:
         before, after = (onnx.load(one.folder / name) for name in ("source.onnx", "model.onnx"))
-        assert after.ir_version == before.ir_version
-        opsets = {opset.domain: opset.version for opset in after.opset_import}
-        assert opsets == {opset.domain: opset.version for opset in before.opset_import} | {"com.microsoft": 1}
+        qdq = FORMS[one.form].op_type == DEQUANTIZE
+        assert after.ir_version == (10 if qdq else before.ir_version)
+        assert opsets(after) == opsets(before) | ({"": 21} if qdq else {"com.microsoft": 1})
+
+
+def opsets(model: onnx.ModelProto) -> dict[str, int]:
+    return {opset.domain: opset.version for opset in model.opset_import}

@@ -14,18 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
-from conftest import Row  # type: ignore[attr-defined]
-from exports import PROMPT, greedy_ids, prompt_ids, tiny, trained
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from rows import Row
+from trained import (
+    LITTLE,
+    NEW_TOKENS,
+    PROMPT,
+    greedy_ids,
+    plain_session,
+    prompt_ids,
+    tiny,
+    tokenizer_of,
+    trained,
+)
 
 import awq_onnx
-from awq_onnx import Recipe
 
-TOKENS = 24
-LITTLE = Recipe(quality="fast", samples=4, sequence_length=32)
 TEXTS = [
     "A man is eating food.",
     "The girl is carrying a baby over the wet grass.",
@@ -82,23 +87,23 @@ def version() -> str:
 def test_a_causal_model_writes_the_tokens_of_plain_onnxruntime(tmp_path: Path) -> None:
     awq_onnx.quantize(tiny("llama"), f"{tmp_path}/int4/", LITTLE)
     ids = [1, 5, 9, 300, 17]
-    written = json.loads(run(GENERATE, tmp_path / "int4", ids, TOKENS))
-    plain = greedy_ids(tmp_path / "int4" / "model.onnx", ids, TOKENS)
+    written = json.loads(run(GENERATE, tmp_path / "int4", ids, NEW_TOKENS))
+    plain = greedy_ids(tmp_path / "int4" / "model.onnx", ids)
     assert len(written) > 1
     assert written == plain[: len(written)]  # it ends with the token that ends a text
 
 
 @pytest.mark.clients
-def test_a_trained_model_writes_the_text_of_plain_onnxruntime(tmp_path: Path, row: Callable[[Row], None]) -> None:
+def test_a_trained_model_writes_the_text_of_plain_onnxruntime(
+    smollm2: Path, tmp_path: Path, row: Callable[[Row], None]
+) -> None:
     """Its own prompt and end are found in the folder's tokenizer and configuration."""
-    source = trained("smollm2.py")
-    awq_onnx.quantize(source, f"{tmp_path}/int4/", LITTLE)
-    text = run(CONTINUE, tmp_path / "int4", PROMPT, TOKENS)
+    awq_onnx.quantize(smollm2, f"{tmp_path}/int4/", LITTLE)
+    text = run(CONTINUE, tmp_path / "int4", PROMPT, NEW_TOKENS)
     ids = prompt_ids(tmp_path / "int4")
-    plain = greedy_ids(tmp_path / "int4" / "model.onnx", ids, TOKENS)
-    tokenizer = Tokenizer.from_file(str(source.with_name("tokenizer.json")))
-    assert text.strip() == tokenizer.decode([*ids, *plain]).strip()
-    ran = f"ORTModelForCausalLM.from_pretrained(DIR), {TOKENS} greedy tokens"
+    plain = greedy_ids(tmp_path / "int4" / "model.onnx", ids)
+    assert text.strip() == tokenizer_of(smollm2.parent).decode([*ids, *plain]).strip()
+    ran = f"ORTModelForCausalLM.from_pretrained(DIR), {NEW_TOKENS} greedy tokens"
     row(Row("optimum", version(), "SmolLM2-135M (optimum)", ran, "the text of plain onnxruntime"))
 
 
@@ -122,7 +127,7 @@ Array = NDArray[Any]
 
 
 def last_hidden_state(model: Path, feed: dict[str, Array]) -> Array:
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    session = plain_session(model)
     wanted = {one.name for one in session.get_inputs()}
     made: Array = session.run(["last_hidden_state"], {n: v for n, v in feed.items() if n in wanted})[0]
     return made

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import npm
 import numpy as np
-import onnxruntime
 import pytest
-from conftest import Row
+from chromium import browse, served
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from trained import NEW_TOKENS, PROMPT, greedy_text, trained
-from web import MODEL, write_web_folder
+from rows import Row
+from trained import LITTLE, NEW_TOKENS, PROMPT, UNPACKED, WEB_MODEL, greedy_text, plain_session, tokenizer_of, trained
+
+import awq_onnx
 
 pytestmark = pytest.mark.clients
 
+PIPELINE_PAGE = Path(__file__).with_name("pipeline_page.cjs")
 PIPELINE = Path(__file__).with_name("pipeline.cjs")
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 SENTENCE = "A llama is a domesticated animal of South America."
@@ -27,8 +28,8 @@ SENTENCE = "A llama is a domesticated animal of South America."
 
 def test_it_writes_the_text_of_plain_onnxruntime(web_smollm2: Path, row: Callable[[Row], None]) -> None:
     [answer] = run("text-generation", web_smollm2, PROMPT, GREEDY)
-    assert answer["generated_text"] == PROMPT + greedy_text(web_smollm2 / MODEL, web_smollm2)
-    row(told("SmolLM2-135M", "text-generation in node, dtype q4", "the greedy text of plain onnxruntime"))
+    assert answer["generated_text"] == PROMPT + greedy_text(web_smollm2 / WEB_MODEL, web_smollm2)
+    row(told("SmolLM2-135M", "text-generation in node", "the text of plain onnxruntime"))
 
 
 def test_it_answers_a_chat(web_smollm2: Path) -> None:
@@ -39,17 +40,33 @@ def test_it_answers_a_chat(web_smollm2: Path) -> None:
 
 def test_it_gives_the_vectors_of_plain_onnxruntime(encoder: Path, row: Callable[[Row], None]) -> None:
     vectors = np.array(run("feature-extraction", encoder, SENTENCE, {}))
-    expected = token_vectors(encoder / MODEL, encoder, SENTENCE)
+    expected = token_vectors(encoder / WEB_MODEL, encoder, SENTENCE)
     np.testing.assert_allclose(vectors, expected, atol=1e-3)
-    row(told("all-MiniLM-L6-v2", "feature-extraction in node, dtype q4", "the token vectors of plain onnxruntime"))
+    row(told("all-MiniLM-L6-v2", "feature-extraction in node", "the token vectors of plain onnxruntime"))
+
+
+def test_a_browser_writes_the_text_of_plain_onnxruntime(web_qdq_smollm2: Path, row: Callable[[Row], None]) -> None:
+    """On WebAssembly, which is slow without one setting of the session."""
+    with served(web_qdq_smollm2, npm.installed(npm.TRANSFORMERS)) as url:
+        given = (PIPELINE_PAGE, url, "text-generation", json.dumps(PROMPT), json.dumps(GREEDY))
+        usual, unpacked = browse(*given, "{}"), browse(*given, json.dumps(UNPACKED))
+    expected = PROMPT + greedy_text(web_qdq_smollm2 / WEB_MODEL, web_qdq_smollm2, **UNPACKED)
+    assert [one["output"] for one in (usual, unpacked)] == [[{"generated_text": expected}]] * 2
+    gain = usual["seconds"] / unpacked["seconds"]
+    assert gain > 2
+    ran = "text-generation in Chromium, WebAssembly, `--format qdq`"
+    row(
+        told(
+            "SmolLM2-135M", ran, f"the text of plain onnxruntime in floats; disable_quant_qdq: {gain:.0f} times as fast"
+        )
+    )
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("web") / "bert"
-    write_web_folder(trained("bert.py"), folder)
-    yield folder
-    shutil.rmtree(folder)
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    awq_onnx.quantize(trained("bert.py"), folder, replace(LITTLE, target="web"))
+    return folder
 
 
 def run(task: str, folder: Path, given: object, options: dict[str, Any]) -> Any:
@@ -59,14 +76,13 @@ def run(task: str, folder: Path, given: object, options: dict[str, Any]) -> Any:
 
 def token_vectors(model: Path, folder: Path, text: str) -> NDArray[np.float32]:
     """(1, tokens, channels)"""
-    encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text)
+    encoding = tokenizer_of(folder).encode(text)
     feed = {
         "input_ids": np.array([encoding.ids]),
         "attention_mask": np.array([encoding.attention_mask]),
         "token_type_ids": np.array([encoding.type_ids]),
     }
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    vectors: NDArray[np.float32] = session.run(["last_hidden_state"], feed)[0]
+    vectors: NDArray[np.float32] = plain_session(model).run(["last_hidden_state"], feed)[0]
     return vectors
 
 
