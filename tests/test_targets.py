@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from builders import GraphBuilder, save
 
+import awq_onnx
 from awq_onnx import Recipe
 from awq_onnx.errors import RecipeError
 from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, MATMULNBITS, QDQ, TARGETS, WHOLE_COLUMN
