@@ -19,6 +19,9 @@ from awq_onnx.errors import OutputError
 from awq_onnx.store import OpenedModel
 
 WEB_HALF = "_fp16"  # the end of its names for what is half as wide already
+# Of models in several files, as optimum and transformers.js name them.
+PARTS = frozenset({"encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged"})
+PARTS |= {"text_model", "vision_model", "vision_encoder", "audio_encoder", "embed_tokens"}
 IN_MEMORY = "model.onnx"  # what a model that was no file is called
 WEB_DTYPES = WEB_DTYPE, WEB_HALF_DTYPE = "q4", "q4f16"  # transformers.js' names, and the ends of its file names
 
@@ -108,13 +111,7 @@ def _is_half(model: ir.Model) -> bool:
 
 
 def _left(how: Destination, source: Path) -> Iterator[str]:
-    """Other parts of the model (encoder_model.onnx beside decoder_model.onnx) that are not in the folder either.
-
-    Other forms of one part, like model_fp16.onnx beside model.onnx, are not meant.
-    """
-    stems = sorted(path.stem for path in source.parent.glob("*.onnx"))
-    for stem in stems:
-        form = any(stem.startswith(f"{other}_") for other in stems)
-        own = stem == source.stem or source.stem.startswith(f"{stem}_")
-        if not (form or own or any(how.graph.parent.glob(f"{stem}*.onnx"))):
-            yield f"{stem}.onnx"
+    """The other parts of a model of several that are not in the folder either."""
+    parts = sorted(path for path in source.parent.glob("*.onnx") if path.stem in PARTS)
+    if source.stem in PARTS:
+        yield from (one.name for one in parts if one != source and not any(how.graph.parent.glob(f"{one.stem}*.onnx")))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +155,13 @@ class Report:
             return None
         given = [word for name, value in self.given.items() for word in option(name, value)]
         return ["awq-onnx", self.model, *given, *self.recipe.arguments()]
+
+    def write_page(self, place: str | os.PathLike[str]) -> None:
+        """Write a page of HTML about it, to be read offline. Raises MissingPackageError, OutputError."""
+        from awq_onnx import page
+        from awq_onnx.page.content import Content
+
+        page.write(Path(place), Content.of(self))
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""
@@ -311,19 +320,19 @@ def _output_error(comparison: Comparison) -> str:
         turned = comparison.cosine_distance
         distance = f", cosine distance {turned:.5f}" if turned is not None else ""
         return f"{comparison.relative_error:.4f} relative{distance}, over {comparison.windows} held-out samples"
-    error = f" +-{comparison.kl_se:.3f}" if comparison.kl_se is not None else ""
+    error = f" +-{comparison.kl_se:.2g}" if comparison.kl_se is not None else ""
     text = comparison.perplexity_original is not None  # else classes of a picture, a sound, a whole text
     unit, choice = ("token", "next token") if text else ("answer", "answer")
     return (
-        f"KL {comparison.kl_mean:.3f}{error} nats per {unit}, same {choice} {comparison.top1:.1%} "
+        f"KL {comparison.kl_mean:.2g}{error} nats per {unit}, same {choice} {comparison.top1:.1%} "
         f"({comparison.tokens} held-out {unit}s)"
     )
 
 
 def formats(matmuls: Sequence[MatMulReport], recipe: Recipe) -> str:
-    """210 MatMuls to 4 bits, 1 to 8 bits, block size 32, with zero points, accuracy level 4."""
+    """210 MatMuls to 4 bits, 1 more to 8 bits, block size 32, with zero points, accuracy level 4."""
     first, *others = Counter(one.bits for one in matmuls).most_common()
-    counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} to {bits} bits" for bits, count in others)]
+    counts = [f"{first[1]} MatMuls to {first[0]} bits", *(f"{count} more to {bits} bits" for bits, count in others)]
     sizes = sorted({one.block_size for one in matmuls})
     blocks = f"block size{'s' * (len(sizes) > 1)} {', '.join(map(str, sizes))}"
     if recipe.format == QDQ and all(one.block_size >= one.K for one in matmuls):

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,9 @@ QUICK = ["--samples", "2", "--sequence-length", "8"]
 STAGES = ["Writing text", "Tracing", "Calibrating", "Writing the model", "Measuring"]
 
 WORK = ".model_int4.onnx.unfinished"
+ROOT = Path(__file__).parent.parent
+# A command that says when it has begun: what comes before is not ours to answer for.
+STARTED = "from awq_onnx.cli import main; print('started', flush=True); main()"
 GOES_ON = "the same command goes on from here"
 
 Files = dict[str, bytes | None]
@@ -180,7 +184,7 @@ def test_the_layers_left_alone_are_told_with_the_option_that_did_it(
 def test_a_head_of_eight_bits_is_counted_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exits(folder / "model.onnx", "--quiet", *QUICK, "--lm-head", "8") == 0
     out = capsys.readouterr().out
-    assert "14 MatMuls to 4 bits, 1 to 8 bits, block size 32" in out
+    assert "14 MatMuls to 4 bits, 1 more to 8 bits, block size 32" in out
     assert "Left alone" not in out
 
 
@@ -880,3 +884,40 @@ def test_a_failure_between_the_renames_loses_nothing(
 def test_the_installed_command_is_this_one() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="awq-onnx")
     assert entry.load() is main
+
+
+@pytest.mark.parametrize("delay_seconds", [0.05, 0.1, 0.2, 0.3, 0.4])
+def test_an_interruption_at_any_moment_of_the_start_is_one_line(folder: Path, delay_seconds: float) -> None:
+    """Also in the middle of an import. Before Python has read our first line it is Python that answers."""
+    words = [sys.executable, "-c", STARTED, str(folder / "model.onnx"), *QUICK]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        time.sleep(delay_seconds)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith("awq-onnx: interrupted; ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_result_that_cannot_be_printed_is_told(folder: Path, options: list[str]) -> None:
+    words = [sys.executable, "-m", "awq_onnx", "inspect", str(folder / "model.onnx"), *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (4, "awq-onnx: cannot print the result: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [["."], [""], ["model.onnx", "-o", ""], ["report", "."]])
+def test_names_that_name_nothing_are_mistakes_of_a_user(folder: Path, words: list[str]) -> None:
+    _, told = command(*words, cwd=folder, code=4 if "-o" in words else 3)
+    assert told.startswith("awq-onnx: ")
+    assert told.count("\n") == 1
+
+
+def test_a_name_that_looks_like_a_folder_is_pointed_at(folder: Path) -> None:
+    _, told = command(folder / "model.onnx", "-o", folder / "small", *QUICK)
+    assert told.startswith(f"{folder / 'small'} will be a file; {folder / 'small'}/ would be a folder.\n")
+    assert (folder / "small").is_file()

@@ -28,7 +28,7 @@ from builders import (
 
 import awq_onnx
 from awq_onnx import Recipe, output
-from awq_onnx.cli.quantize import interrupted, parser
+from awq_onnx.cli.quantize import interrupted, look_at_places, parser
 from awq_onnx.errors import OutputError
 from awq_onnx.folder import Destination, destination, graph_paths
 from awq_onnx.output import OutputFiles, work_folder
@@ -143,6 +143,8 @@ def test_the_report_tells_what_went_with_the_model_and_what_did_not(tmp_path: Pa
 
 def test_a_part_that_is_in_the_folder_already_is_not_missing(source: Path, tmp_path: Path) -> None:
     save(large_model(), tmp_path / "in" / "encoder_model.onnx")
+    save(large_model(), tmp_path / "in" / "somebody_elses.onnx")
+    source = source.rename(source.with_name("decoder_model.onnx"))
     with open_model(source) as opened:
         assert destination(opened, f"{tmp_path}/out/").left == ("encoder_model.onnx",)
     write(tmp_path / "in" / "encoder_model.onnx", f"{tmp_path}/out/")
@@ -401,6 +403,8 @@ def test_a_folder_of_which_nothing_came_is_removed_again(source: Path, tmp_path:
 
 def test_an_interrupted_run_keeps_its_folder_and_is_gone_on_with(source: Path, tmp_path: Path) -> None:
     arguments = parser().parse_args([str(source), "-o", f"{tmp_path}/out/"])
+    assert interrupted(arguments) == "nothing was written"
+    look_at_places(arguments)
     assert interrupted(arguments) == "nothing was written"
     with pytest.raises(KeyboardInterrupt):
         stop(source, f"{tmp_path}/out/", KeyboardInterrupt(), finished=True)

@@ -97,7 +97,7 @@ def test_an_override_changes_the_layers_it_names_and_no_others(tmp_path: Path) -
         assert settings["block_size"] == (16 if first and down else 64 if value else 32), name
     (summary,) = (text for label, text in report.rows() if label == "Quantised")
     assert "to 4 bits" in summary
-    assert "to 8 bits, 1 to 2 bits, block sizes 16, 32, 64, " in summary
+    assert "to 8 bits, 1 more to 2 bits, block sizes 16, 32, 64, " in summary
 
 
 @pytest.mark.parametrize(

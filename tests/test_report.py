@@ -254,7 +254,7 @@ def test_layers_in_both_branches_of_an_if_get_a_mul_each(tmp_path: Path) -> None
     ("lm_head", "counts"),
     [
         ("none", "14 MatMuls to 4 bits, block"),
-        ("8", "14 MatMuls to 4 bits, 1 to 8 bits, block"),
+        ("8", "14 MatMuls to 4 bits, 1 more to 8 bits, block"),
         ("4", "15 MatMuls to 4 bits, block"),
     ],
 )

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq_onnx.cli.display import Display
-from awq_onnx.cli.options import PROG, Parser, add_machine, machine_of, settings
+from awq_onnx.cli.display import Display, show
+from awq_onnx.cli.options import NOTHING, PROG, Parser, add_machine, machine_of, settings
 from awq_onnx.errors import RecipeError, TooFarError
 from awq_onnx.recipe import COMPARED, Recipe
 
@@ -87,13 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
         with Display(Console(stderr=True, quiet=arguments.quiet)) as display:
             report = measure(pair, arguments.data, arguments.tokenizer, recipe, machine, display)
     shown = comparison_table.as_json if arguments.json else comparison_table.as_text
-    print(shown(report, arguments.original, arguments.quantized, reader))
+    show(shown(report, arguments.original, arguments.quantized, reader))
     _judge(report.comparison, arguments)
     return 0
 
 
 def interrupted(_: argparse.Namespace) -> str:
-    return "nothing was written"
+    return NOTHING
 
 
 def _limit(text: str) -> float:

@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from awq_onnx.errors import OutputError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichBar
+
+
+class CannotPrintError(OutputError):
+    """stdout takes no more."""
+
+
+def show(text: str) -> None:
+    """Print a result, to the last byte. Raises CannotPrintError."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CannotPrintError(f"cannot print the result: {error.strerror}") from error
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from awq_onnx.cli.alike import alike, pattern
-from awq_onnx.cli.display import aligned, two_columns
-from awq_onnx.cli.options import PROG, Parser, add_recipe, recipe_of
+from awq_onnx.cli.display import aligned, show, two_columns
+from awq_onnx.cli.options import NOTHING, PROG, Parser, add_recipe, recipe_of
 from awq_onnx.machine import size_text
 
 if TYPE_CHECKING:
@@ -50,18 +51,21 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     from awq_onnx.inspection import Forecast, inspect
 
-    found = inspect(arguments.model, recipe_of(arguments))
+    recipe = recipe_of(arguments)
+    found = inspect(arguments.model, recipe)
+    if not isinstance(found, Forecast) and recipe.arguments():
+        print(f"{PROG}: the model is quantised already: the settings have no part in what is shown", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        show(json.dumps(found.to_dict(), indent=2))
         return 0
     planned = isinstance(found, Forecast)
-    print(two_columns(list(_forecast(found) if isinstance(found, Forecast) else _findings(found))))
-    print(_table(found.layers, PLANNED if planned else PACKED, every=arguments.all))
+    show(two_columns(list(_forecast(found) if isinstance(found, Forecast) else _findings(found))))
+    show(_table(found.layers, PLANNED if planned else PACKED, every=arguments.all))
     return 0
 
 
 def interrupted(_: argparse.Namespace) -> str:
-    return "nothing was written"
+    return NOTHING
 
 
 def _forecast(found: Forecast) -> Iterator[tuple[str, str]]:

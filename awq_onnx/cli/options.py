@@ -22,6 +22,7 @@ from awq_onnx.recipe import (
 from awq_onnx.targets import BITS, BLOCK_SIZES, FORMATS, TARGETS
 
 PROG = "awq-onnx"
+NOTHING = "nothing was written"  # by a command that was interrupted
 WIDTH = 80  # of what helps explain
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from awq_onnx import page
 from awq_onnx._version import __version__
-from awq_onnx.cli.display import Display, two_columns
-from awq_onnx.cli.options import PROG, Parser, add_machine, add_number, add_recipe, machine_of, recipe_of
+from awq_onnx.cli.display import Display, show, two_columns
+from awq_onnx.cli.options import NOTHING, PROG, Parser, add_machine, add_number, add_recipe, machine_of, recipe_of
 from awq_onnx.errors import ModelFileError, OutputError
 
 if TYPE_CHECKING:
@@ -80,13 +80,17 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
-    if arguments.report is not None:
-        page.check(arguments.report, overwrite=arguments.force, beside=_files(arguments))
+    if not arguments.model.name:
+        raise ModelFileError(f"{arguments.model} is a folder; name a .onnx file")
+    look_at_places(arguments)
     from rich.console import Console
 
+    from awq_onnx.folder import is_folder
     from awq_onnx.pipeline import quantize
 
     with Display(Console(stderr=True, quiet=arguments.quiet)) as display:
+        if arguments.output and not is_folder(arguments.output) and not Path(arguments.output).suffix:
+            display.note(f"{arguments.output} will be a file; {arguments.output}/ would be a folder.")
         report = quantize(
             arguments.model,
             _output(arguments),
@@ -98,42 +102,42 @@ def run(arguments: argparse.Namespace) -> int:
             progress=display,
         )
     arguments.finished = report.output
-    print(report.to_json() if arguments.json else two_columns(report.rows()))
+    rows = [*report.rows(), *([("Page", str(arguments.report))] if arguments.report else [])]
+    show(report.to_json() if arguments.json else two_columns(rows))
     if arguments.report is not None:
         _write_page(arguments.report, report)
     return 0
 
 
 def _write_page(place: Path, report: Report) -> None:
-    from awq_onnx.page.content import Content
-
     try:
-        page.write(place, Content.of(report))
+        report.write_page(place)
     except OutputError as error:
         raise OutputError(f"{error}; the model {report.output} is finished all the same") from error
 
 
 def interrupted(arguments: argparse.Namespace) -> str:
-    from awq_onnx.folder import graph_paths
-    from awq_onnx.output import work_folder
-
     if "finished" in arguments:
         return f"the model {arguments.finished} is finished, the page about it is not"
-    kept = any(work_folder(path).exists() for path in graph_paths(arguments.model, _output(arguments)))
-    return "the same command goes on from here" if kept else "nothing was written"
+    kept = "work_folders" in arguments and any(path.exists() for path in arguments.work_folders)
+    return "the same command goes on from here" if kept else NOTHING
 
 
 def _output(arguments: argparse.Namespace) -> str:
     given: str | None = arguments.output
     model: Path = arguments.model
-    if not model.name:
-        raise ModelFileError(f"{model} is a folder; name a .onnx file")
     return str(model.with_name(f"{model.stem}_int4.onnx")) if given is None else given
 
 
-def _files(arguments: argparse.Namespace) -> list[Path]:
-    """What the command reads and writes, as far as its arguments name it."""
-    from awq_onnx.folder import graph_paths
+def look_at_places(arguments: argparse.Namespace) -> None:
+    """Where the output may be made, for `interrupted`; and whether the page can be."""
+    from awq_onnx.folder import graph_paths, is_folder
+    from awq_onnx.output import work_folder
 
-    read = [arguments.model, *([arguments.calibration] if arguments.calibration is not None else [])]
-    return [*read, *graph_paths(arguments.model, _output(arguments))]
+    output = _output(arguments)
+    graphs = graph_paths(arguments.model, output)
+    arguments.work_folders = [work_folder(path) for path in graphs if path.name]
+    if arguments.report is not None:
+        files = [arguments.model, *([arguments.calibration] if arguments.calibration is not None else []), *graphs]
+        made = Path(output) if is_folder(output) else None
+        page.check(arguments.report, overwrite=arguments.force, beside=files, made=made)

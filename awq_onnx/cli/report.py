@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq_onnx import page
-from awq_onnx.cli.options import PROG, Parser
+from awq_onnx.cli.display import show
+from awq_onnx.cli.options import NOTHING, PROG, Parser
 from awq_onnx.errors import AwqOnnxError, ReportFileError
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     place = _place(arguments)
     page.check(place, overwrite=arguments.force, beside=[arguments.source])
     page.write(place, _content(arguments.source))
-    print(place)
+    show(str(place))
     return 0
 
 
 def interrupted(arguments: argparse.Namespace) -> str:  # noqa: ARG001
-    return "nothing was written"
+    return NOTHING
 
 
 def _place(arguments: argparse.Namespace) -> Path:

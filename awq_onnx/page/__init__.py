@@ -25,8 +25,9 @@ PACKAGES = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-py
 SUFFIXES = (".html", ".htm")
 
 
-def check(place: Path, *, overwrite: bool, beside: Iterable[Path] = ()) -> None:
+def check(place: Path, *, overwrite: bool, beside: Iterable[Path] = (), made: Path | None = None) -> None:
     """Whether a page can be made there, before time is spent. beside: files that the same command reads or writes.
+    made: the folder that it makes.
 
     Raises MissingPackageError, OutputError.
     """
@@ -35,6 +36,8 @@ def check(place: Path, *, overwrite: bool, beside: Iterable[Path] = ()) -> None:
         raise MissingPackageError(f"a report needs {', '.join(missing)}: pip install 'awq-onnx[report]'")
     if place.suffix.lower() not in SUFFIXES:
         raise OutputError(f"the report {place} is a page of HTML; give it a name that ends in {SUFFIXES[0]}")
+    if place.parent == made and not place.parent.exists():
+        return
     if not place.parent.is_dir():
         raise OutputError(f"the folder {place.parent} for the report does not exist")
     if place.is_dir():

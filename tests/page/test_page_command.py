@@ -182,3 +182,22 @@ def test_a_model_that_is_not_quantised_is_told(folder: Path, capfd: pytest.Captu
     assert exits("report", folder / "model.onnx") == 3
     assert "does not tell how it was quantised, as the models that awq-onnx makes do" in one_sentence(capfd)
     assert names(folder) == ["model.onnx"]
+
+
+def test_a_page_may_go_into_the_folder_that_is_made(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = folder / "made"
+    assert exits(folder / "model.onnx", *QUICK, "-o", f"{made}/", "--report", made / "report.html") == 0
+    assert names(made) == ["model.onnx", "model.onnx.data", "report.html"]
+    assert f"Page          {made / 'report.html'}\n" in capfd.readouterr().out
+
+
+def test_the_command_on_the_page_makes_the_folder_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert exits(folder / "model.onnx", *QUICK, "-o", f"{folder}/made/", "--json") == 0
+    command = Report.from_json(capfd.readouterr().out).command()
+    assert command is not None
+    before = {path.name: path.read_bytes() for path in (folder / "made").iterdir()}
+    for path in (folder / "made").iterdir():
+        path.unlink()
+    (folder / "made").rmdir()
+    assert exits(*command[1:]) == 0
+    assert {path.name: path.read_bytes() for path in (folder / "made").iterdir()} == before
