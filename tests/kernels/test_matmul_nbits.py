@@ -75,11 +75,14 @@ class Case:
     def tolerance(self) -> Array:
         """What rounding every weight and the output to 16 bits, and sums in single precision, can do: (M, N).
 
-        Rounding errors of weights add up as random ones do; 6 standard deviations are far beyond all elements here.
+        Rounding errors of weights add up as random ones do; 6 standard deviations are far beyond all elements here. So
+        do those of K partial sums S, each of at most 2^-24 |S|, and S wanders as far as the terms take it (the root of
+        its mean square is energy / sqrt(2)) while it goes to the result (|exact| / sqrt(3)).
         """
-        epsilon = EPSILON[self.a.dtype]
-        energy = np.sqrt(np.square(self.a.astype(np.float64)) @ np.square(self.weight).T)
-        return 6 * epsilon * energy + 2 * epsilon * np.abs(self.exact) + 1e-6
+        epsilon, K = EPSILON[self.a.dtype], self.a.shape[1]
+        energy, size = np.sqrt(np.square(self.a.astype(np.float64)) @ np.square(self.weight).T), np.abs(self.exact)
+        sums = 2.0**-24 * np.sqrt(K / 3) * (energy / np.sqrt(2) + size / np.sqrt(3))
+        return 6 * (epsilon * energy + sums) + 2 * epsilon * size + 1e-6
 
 
 def product(device: Emulated | Gpu, case: Case, with_cublas: bool = False) -> Array:
