@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from awq_onnx.comparison import Comparison
     from awq_onnx.inspection import Inspection, inspect
     from awq_onnx.machine import Machine
+    from awq_onnx.page import write_page
     from awq_onnx.pair import compare
     from awq_onnx.pipeline import quantize
     from awq_onnx.progress import Progress
@@ -35,6 +36,7 @@ __all__ = [
     "errors",
     "inspect",
     "quantize",
+    "write_page",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "compare": "awq_onnx.pair",
     "inspect": "awq_onnx.inspection",
     "quantize": "awq_onnx.pipeline",
+    "write_page": "awq_onnx.page",
 }
 
 

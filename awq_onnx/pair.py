@@ -32,7 +32,6 @@ from awq_onnx.recipe import COMPARED, Recipe
 from awq_onnx.speed import Speed
 from awq_onnx.store import ModelSource, OpenedModel, open_model
 
-COPIES = 3  # of a model, at most, in a session that is fast: fused and ordered weights, those of float16 as float32
 WHOLE_NUMBERS = "iu"  # kinds of numpy's types
 
 
@@ -178,7 +177,7 @@ class _Runner:
         runtime.give_back_memory()  # of the model that ran before
         self.progress.stage(f"Running the {title}")
         room_bytes = self.machine.memory_budget or psutil.virtual_memory().available
-        fits = COPIES * opened.size_bytes <= room_bytes
+        fits = runtime.COPIES * opened.size_bytes <= room_bytes
         if not fits:
             self.progress.note(f"The {title} is too large for this memory: its weights are read from the disk, slowly.")
         model, folder, providers = opened.serialize(), opened.folder, self.device.providers

@@ -49,7 +49,6 @@ from awq_onnx.tables import TableResult
 from awq_onnx.versions import versions
 
 CALIBRATION, FORMATS = "calibration", "formats"  # their entries in the journal
-COPIES = 3  # of a 4-bit model, about, in the session of an application
 
 
 def quantize(
@@ -244,7 +243,7 @@ def _measure(
 def _session_of(finished: Path, size_bytes: int, budget_bytes: int, device: Device) -> Any:
     """As an application would open it, where memory allows that."""
     runtime.give_back_memory()
-    if COPIES * size_bytes <= budget_bytes:
+    if runtime.COPIES * size_bytes <= budget_bytes:
         return runtime.client_session(finished, device.providers)
     return runtime.session(finished.read_bytes(), finished.parent.resolve(), fuse=False, providers=device.providers)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,13 +154,6 @@ class Report:
         given = [word for name, value in self.given.items() for word in option(name, value)]
         return ["awq-onnx", self.model, *given, *self.recipe.arguments()]
 
-    def write_page(self, place: str | os.PathLike[str]) -> None:
-        """Write a page of HTML about it, to be read offline. Raises MissingPackageError, OutputError."""
-        from awq_onnx import page
-        from awq_onnx.page.content import Content
-
-        page.write(Path(place), Content.of(self))
-
     def rows(self) -> list[tuple[str, str]]:
         """The summary: what a person wants to know, a label and a text each."""
         rows = [
@@ -192,7 +183,7 @@ class Report:
             ("Calibration", self.calibration),
             ("Layer error", f"{layer_ratio(self.matmuls):.2f} x that of plain rounding (geometric mean of ||X E||)"),
             ("Output error", _output_error(self.comparison)),
-            ("Cost", f"{self.total_seconds:{'.1f' if self.total_seconds < 10 else '.0f'}} s{_memory(self)}"),
+            ("Cost", f"{seconds_text(self.total_seconds)}{_memory(self)}"),
         ]
         return rows
 
@@ -301,13 +292,23 @@ def _mul_advice(matmuls: Iterable[MatMulReport]) -> list[str]:
 
 def grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     """One line for each reason, with how many nodes it holds for and the first of them."""
-    by_reason: dict[str, list[str]] = {}
-    for reason, name in refused:
-        by_reason.setdefault(reason, []).append(name)
     return [
         f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} layers, {names[0]} first: {reason}"
-        for reason, names in by_reason.items()
+        for reason, names in by_reason(refused).items()
     ]
+
+
+def by_reason(refused: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names that each reason holds for."""
+    reasons: dict[str, list[str]] = {}
+    for reason, name in refused:
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def seconds_text(seconds: float) -> str:
+    """For people: 9.6 s, or 96 s."""
+    return f"{seconds:{'.1f' if seconds < 10 else '.0f'}} s"
 
 
 def layer_ratio(matmuls: Iterable[MatMulReport]) -> float:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from builders import (
     tiny_decoder,
     values_of,
 )
+from killing import Killed, killed_after
 
 import awq_onnx
 from awq_onnx import Recipe, output
@@ -428,28 +427,6 @@ def test_the_command_knows_where_an_output_may_be_without_opening_the_model(
     for where in (f"{tmp_path}/out/", str(tmp_path / "out.onnx")):
         with open_model(source) as opened:
             assert destination(opened, where, web=web).graph in graph_paths(source, where)
-
-
-class Killed(BaseException):
-    """The moment after which a process did nothing."""
-
-
-@contextmanager
-def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The renames after so many never happen."""
-    original, done = Path.rename, 0
-
-    def counted(self: Path, target: Path) -> Path:
-        nonlocal done
-        if done == count:
-            raise Killed
-        done += 1
-        return original(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", counted)
-        patched.setattr(OutputFiles, "_remove_work", lambda _: None)
-        yield
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a lock as the system would")

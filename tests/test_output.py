@@ -27,6 +27,7 @@ from builders import (
     save,
     values_of,
 )
+from killing import Killed, killed_after
 from onnx import TensorProto, external_data_helper, helper
 
 from awq_onnx.errors import OutputError
@@ -512,27 +513,11 @@ def test_two_outputs_in_one_folder_are_written_at_the_same_time(source: OpenedMo
 # Publishing
 
 
-class Killed(BaseException):
-    """The moment after which a process did nothing."""
-
-
 def killed_at(rename: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> int:
     """Do something of which the renames from this one on never happen; how many did."""
-    original, done = Path.rename, 0
-
-    def counted(self: Path, target: Path) -> Path:
-        nonlocal done
-        if done == rename:
-            raise Killed
-        done += 1
-        return original(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", counted)
-        patched.setattr(OutputFiles, "_remove_work", lambda _: None)
-        with contextlib.suppress(Killed):
-            act()
-    return done
+    with killed_after(rename, monkeypatch) as renames, contextlib.suppress(Killed):
+        act()
+    return renames.done
 
 
 def old_output(folder: Path, kind: str) -> None:

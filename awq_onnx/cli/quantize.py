@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write_page(place: Path, report: Report) -> None:
     try:
-        report.write_page(place)
+        page.write_page(report, place)
     except OutputError as error:
         raise OutputError(f"{error}; the model {report.output} is finished all the same") from error
 

@@ -1,7 +1,6 @@
 """The page of a quantisation: one file of HTML that is read offline, with its charts and all that they need inside.
 
-    from awq_onnx import page
-    page.write(Path("report.html"), page.Content.of(report))
+    awq_onnx.write_page(report, "report.html")
 
 Altair (Vega-Lite) draws, since its charts are data that a reader can point at, and its colours can be the style
 sheet's; vl-convert has its JavaScript, so that nothing is fetched. Nothing heavy is imported before it is used.
@@ -20,6 +19,7 @@ from awq_onnx.errors import MissingPackageError, OutputError
 
 if TYPE_CHECKING:
     from awq_onnx.page.content import Content
+    from awq_onnx.report import Report
 
 PACKAGES = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}  # module: what pip calls it
 SUFFIXES = (".html", ".htm")
@@ -55,6 +55,13 @@ def render(content: Content) -> str:
     from awq_onnx.page.html import html_of
 
     return html_of(content)
+
+
+def write_page(report: Report, place: str | os.PathLike[str]) -> None:
+    """Write the page of a run, whole or not at all. Raises MissingPackageError, OutputError."""
+    from awq_onnx.page.content import Content
+
+    write(Path(place), Content.of(report))
 
 
 def write(place: Path, content: Content) -> None:

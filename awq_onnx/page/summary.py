@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from awq_onnx.comparison import Comparison
@@ -10,7 +9,7 @@ from awq_onnx.machine import size_text
 from awq_onnx.page.charts import KINDS
 from awq_onnx.page.content import Content
 from awq_onnx.recipe import UNSCALED
-from awq_onnx.report import MatMulReport, formats, layer_ratio
+from awq_onnx.report import MatMulReport, by_reason, formats, layer_ratio, seconds_text
 
 WORST = 12  # layers that are shown first
 
@@ -59,8 +58,8 @@ def summary_of(content: Content) -> Summary:
         formats=formats(content.matmuls, content.recipe),
         kinds=_kinds(content),
         worst=tuple(sorted(content.matmuls, key=lambda one: -one.error)[:WORST]),
-        left=None if kept is None else _by_reason((one.reason, one.what) for one in kept),
-        unscaled=_by_reason(unscaled),
+        left=None if kept is None else by_reason((one.reason, one.what) for one in kept),
+        unscaled=by_reason(unscaled),
         searched=searched,
     )
 
@@ -86,9 +85,7 @@ def _figures(content: Content) -> list[Figure]:
     if content.total_seconds is not None:
         peak = content.peak_memory_bytes
         note = f"{size_text(peak)} of memory at the peak" if peak else "the whole run"
-        figures.append(
-            Figure("Time", f"{content.total_seconds:{'.1f' if content.total_seconds < 10 else '.0f'}} s", note)
-        )
+        figures.append(Figure("Time", seconds_text(content.total_seconds), note))
     return figures
 
 
@@ -101,9 +98,9 @@ def _measured(comparison: Comparison) -> list[Figure]:
         return figures if distance is None else [*figures, Figure("1 − cosine", f"{distance:.4f}", "mean over tokens")]
     text = comparison.perplexity_original is not None
     unit, choice = ("token", "Same next token") if text else ("answer", "Same answer")
-    spread = f"± {comparison.kl_se:.3f} " if comparison.kl_se is not None else ""
+    spread = f"± {comparison.kl_se:.2g} " if comparison.kl_se is not None else ""
     figures = [
-        Figure("KL divergence", f"{comparison.kl_mean:.3f}", f"{spread}nats per {unit}, mean"),
+        Figure("KL divergence", f"{comparison.kl_mean:.2g}", f"{spread}nats per {unit}, mean"),
         Figure(choice, percent(comparison.top1), f"of {comparison.tokens} held-out {unit}s"),
     ]
     if comparison.perplexity_original is not None and comparison.perplexity_quantized is not None:
@@ -117,10 +114,3 @@ def _kinds(content: Content) -> tuple[Kind, ...]:
     after = asdict(content.footprint_after)
     kinds = (Kind(name, colour, before.get(kind), after[kind]) for kind, (colour, name) in KINDS.items())
     return tuple(kind for kind in kinds if kind.before or kind.after)
-
-
-def _by_reason(refused: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for reason, name in refused:
-        reasons.setdefault(reason, []).append(name)
-    return reasons

@@ -24,7 +24,7 @@ Array = NDArray[Any]
 TYPES = [pytest.param(np.float16, id="float16"), pytest.param(bfloat16, id="bfloat16")]
 ZERO_POINTS = [pytest.param(False, id="symmetric"), pytest.param(True, id="zero points")]
 SINGLE = pytest.param(np.float32, id="float32")  # which the simple kernels know
-EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(bfloat16): 2.0**-8, np.dtype(np.float32): 2.0**-22}  # of rounding
+EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(bfloat16): 2.0**-8, np.dtype(np.float32): 2.0**-24}  # of rounding
 COMPARED = 700  # columns
 MARGIN = 64  # elements around an output that must stay as they are
 POISON = 0x7E5A  # NaN in float16, a large number in bfloat16

@@ -86,7 +86,7 @@ def test_the_figures_that_matter_first_are_those_of_the_report(report: Report, t
     comparison = report.comparison
     assert comparison.kl_mean is not None
     assert comparison.top1 is not None
-    assert f"KL divergence {comparison.kl_mean:.3f}" in text
+    assert f"KL divergence {comparison.kl_mean:.2g}" in text
     assert f"Same next token {comparison.top1:.1%}" in text
     assert f"Layers {len(report.matmuls)} MatMuls that are quantised" in text
     assert f"{report.size_before_bytes / report.size_after_bytes:.1f} times smaller" in text
